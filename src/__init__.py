@@ -1,0 +1,3 @@
+"""Train, sample and measure latent video diffusion models."""
+
+__version__ = "0.1.0"

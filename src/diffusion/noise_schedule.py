@@ -1,0 +1,60 @@
+"""How much signal is left at each diffusion time: tables of the cumulative product of alphas.
+
+Each schedule returns ``alphas_cumprod``, float64 of shape ``(num_timesteps,)``, the only table
+that is stored: everything else (betas, posterior variances, signal-to-noise ratios) follows from it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _cumulate(betas: Tensor) -> Tensor:
+    return torch.cumprod(1.0 - betas, dim=0)
+
+
+def linear(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
+    """Noise variances whose square roots grow linearly, the schedule that latent diffusion calls linear.
+
+    LVDM uses ``beta_start=0.0015, beta_end=0.0155`` over 1000 steps (its configuration files;
+    Rombach et al. 2022 introduced the square root).
+
+    Returns:
+        ``alphas_cumprod``, float64, shape ``(num_timesteps,)``.
+
+    Raises:
+        ValueError: unless ``0 < beta_start <= beta_end < 1`` and there are at least two timesteps.
+    """
+    if num_timesteps < 2:
+        raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
+    if not 0.0 < beta_start <= beta_end < 1.0:
+        raise ValueError(
+            f"expected 0 < beta_start <= beta_end < 1, got beta_start={beta_start}, beta_end={beta_end}"
+        )
+    roots = torch.linspace(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps, dtype=torch.float64)
+    return _cumulate(roots**2)
+
+
+def cosine(num_timesteps: int, offset: float, max_beta: float) -> Tensor:
+    """Signal that falls like a squared cosine (Nichol and Dhariwal 2021, eq. 17).
+
+    Args:
+        num_timesteps: length of the table.
+        offset: their ``s``, which keeps the first steps from being too small; 0.008 in the paper.
+        max_beta: their clip of the single-step variance near the end; 0.999 in the paper.
+
+    Returns:
+        ``alphas_cumprod``, float64, shape ``(num_timesteps,)``.
+
+    Raises:
+        ValueError: if a parameter is out of range.
+    """
+    if num_timesteps < 2:
+        raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
+    if offset < 0.0 or not 0.0 < max_beta < 1.0:
+        raise ValueError(f"expected offset >= 0 and 0 < max_beta < 1, got {offset} and {max_beta}")
+    time = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    signal = torch.cos((time + offset) / (1.0 + offset) * math.pi / 2.0) ** 2
+    betas = (1.0 - signal[1:] / signal[:-1]).clamp(max=max_beta)
+    return _cumulate(betas)
