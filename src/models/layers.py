@@ -1,0 +1,153 @@
+"""Layers that the networks share: same-size 3-D convolutions, convolutions inside frames, normalization."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Size3d = tuple[int, int, int]
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """The tensor in at least single precision, for sums that half precision would spoil."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def zero_initialized(layer: Layer) -> Layer:
+    """The layer with all parameters at zero, so that the residual branch that it ends begins as nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalization over `b c *`, its statistics in at least single precision (Wu & He 2018).
+
+    Raises ValueError if the channels don't divide into the groups.
+    """
+
+    def __init__(self, num_groups: int, num_channels: int, eps: float) -> None:
+        if num_groups < 1 or num_channels % num_groups:
+            raise ValueError(
+                f"{num_channels} channels can't be split into {num_groups} normalization groups; choose a "
+                f"number of groups that divides {num_channels}, or widths that are multiples of {num_groups}"
+            )
+        super().__init__(num_groups, num_channels, eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes `b c *`; the type and the memory layout stay."""
+        if x.dtype == self.weight.dtype:
+            return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
+        weight, bias = upcast(self.weight), upcast(self.bias)
+        return F.group_norm(upcast(x), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+class FrameGroupNorm(GroupNorm):
+    """Group normalization of a video with the statistics of each frame alone, so that it can be cut in time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes `b c t h w`."""
+        frames = super().forward(rearrange(x, "b c t h w -> (b t) c h w"))
+        return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
+
+
+def same_padding(kernel_size: Size3d, stride: Size3d) -> tuple[int, ...]:
+    """The padding (w front, w back, h front, …) under which a convolution divides a size by its stride.
+
+    An odd total gives the front one more, as in the released LVDM code.
+    """
+    pads: list[int] = []
+    for k, s in zip(reversed(kernel_size), reversed(stride), strict=True):
+        total = k - s
+        pads += [total // 2 + total % 2, total // 2]
+    return tuple(pads)
+
+
+def pad_replicate(x: Tensor, pads: tuple[int, ...]) -> Tensor:
+    """Repeats the border of `b c t h w` outwards."""
+    return F.pad(x, pads, mode="replicate") if any(pads) else x
+
+
+class SameConv3d(nn.Conv3d):
+    """A 3-D convolution of `b c t h w` that repeats the border and divides each size by its stride."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: Size3d = (1, 1, 1)
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride)
+        self.pads = same_padding((kernel_size,) * 3, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `b c t h w` to `b c t/s h/s w/s`."""
+        return super().forward(pad_replicate(x, self.pads))
+
+
+class SameConvTranspose3d(nn.ConvTranspose3d):
+    """A transposed 3-D convolution of `b c t h w` that repeats the border and multiplies each size by its stride."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: Size3d) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size - 1)
+        self.pads = same_padding((kernel_size,) * 3, stride)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Maps `b c t h w` to `b c t·s h·s w·s`."""
+        return super().forward(pad_replicate(x, self.pads), output_size)
+
+
+class FrameConv3d(nn.Conv2d):
+    """A 3×3 convolution inside each frame of `b c t h w`, optionally of stride 2: a (1,3,3) convolution.
+
+    It is computed as a 2-D convolution of the frames: the same numbers as the 3-D one's, without the slow and (in
+    bfloat16, on some versions of cuDNN) faulty kernels of the latter. The weight is that of a Conv2d.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, 3, stride, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `b c t h w` to `b c t h/s w/s`; channels_last_3d stays so without a copy."""
+        frames = super().forward(fold_frames(x))
+        return unfold_frames(frames, x.shape[0])
+
+
+def fold_frames(x: Tensor) -> Tensor:
+    """`b c t h w -> (b t) c h w`: a view if the memory is channels_last_3d."""
+    return rearrange(x, "b c t h w -> (b t) c h w")
+
+
+def unfold_frames(x: Tensor, batch: int) -> Tensor:
+    """`(b t) c h w -> b c t h w`: a view that is channels_last_3d if the frames were channels_last."""
+    return rearrange(x, "(b t) c h w -> b c t h w", b=batch)
+
+
+def unet_conv(temporal_kernel: int) -> Callable[..., nn.Module]:
+    """The constructor of a U-Net's 3-wide convolutions: inside frames (1) or across three of them (3)."""
+    if temporal_kernel == 1:
+        return FrameConv3d
+    if temporal_kernel == 3:
+        return VideoConv3d
+    raise ValueError(f"temporal_kernel must be 1 (inside frames) or 3 (joint), not {temporal_kernel}")
+
+
+class VideoConv3d(nn.Conv3d):
+    """A 3×3×3 convolution of `b c t h w` padded with zeros, optionally of stride 2 in space."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, 3, (1, stride, stride), padding=1)
+
+
+class PointConv3d(nn.Linear):
+    """A 1×1×1 convolution of `b c t h w`, computed as a matrix product (free of copies in channels_last_3d)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `b c t h w` to `b d t h w`."""
+        return super().forward(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`b c t h w` in memory as `b t h w c`, which makes folding the frames into the batch a free view."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
