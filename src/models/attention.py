@@ -29,10 +29,11 @@ VIEWS: dict[str, Tokens] = {
 class AttentionBlock(nn.Module):
     """Pre-normalized self-attention, residual, in one view of the tokens after the other.
 
-    `("spatial", "temporal")` is LVDM's factorized attention (He et al. 2022, section 3.2), `("joint",)` attends over all
-    of space and time at once. Each view owns its normalization over its tokens, its projections and, if it spans time,
-    its relative positions. The heads are counted by `num_heads` or sized by `head_channels`. Distances in time are
-    clamped at `max_distance`. Raises ValueError if channels, heads and groups don't fit.
+    `("spatial", "temporal")` is LVDM's factorized attention (He et al. 2022, section 3.2), `("joint",)`
+    attends over all of space and time at once. Each view owns its normalization over its tokens, its
+    projections and, if it spans time, its relative positions. The heads are counted by `num_heads` or sized
+    by `head_channels`. Distances in time are clamped at `max_distance`. Raises ValueError if channels, heads
+    and groups don't fit.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class AttentionBlock(nn.Module):
         heads = num_heads if num_heads is not None else channels // (head_channels or channels)
         if heads < 1 or channels % heads or (head_channels is not None and heads * head_channels != channels):
             wish = f"{num_heads} heads" if head_channels is None else f"heads of {head_channels} channels"
-            raise ValueError(f"{channels} channels can't be split into {wish}; choose a divisor of {channels}")
+            raise ValueError(
+                f"{channels} channels can't be split into {wish}; choose a divisor of {channels}"
+            )
         unknown = [view for view in views if view not in VIEWS]
         if unknown or not views:
             raise ValueError(f"views must be some of {', '.join(VIEWS)}, got {list(views)}")
@@ -82,13 +85,19 @@ class AttentionBlock(nn.Module):
 class AttentionView(nn.Module):
     """Normalized multi-head self-attention in one view of `b c t h w`, without the residual.
 
-    Relative position in time (Shaw et al. 2018, eqs. 3 and 4), with tables shared by all heads:
-    the logit of query i and key j is (q_i·k_j + q_i·E_K[t_j - t_i]) / √d, and the output is Σ_j a_ij (v_j + E_V[t_j - t_i]).
-    The released code instead has q_i·k_j / √d + q_j·E_K[t_i - t_j] / ∜d.
+    Relative position in time (Shaw et al. 2018, eqs. 3 and 4), with tables shared by all heads: the logit of
+    query i and key j is (q_i·k_j + q_i·E_K[t_j - t_i]) / √d, and the output is Σ_j a_ij (v_j + E_V[t_j -
+    t_i]). The released code instead has q_i·k_j / √d + q_j·E_K[t_i - t_j] / ∜d.
     """
 
     def __init__(
-        self, channels: int, num_heads: int, tokens: Tokens, max_distance: int | None, norm_groups: int, as_released: bool
+        self,
+        channels: int,
+        num_heads: int,
+        tokens: Tokens,
+        max_distance: int | None,
+        norm_groups: int,
+        as_released: bool,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -118,9 +127,9 @@ class AttentionView(nn.Module):
 class RelativePosition(nn.Module):
     """Fused attention with relative position in time, exactly, and without a matrix of tokens by tokens.
 
-    The heads are widened by one column per frame: q' = [q, q·E_K(t_i → ·)], k' = [k, onehot(t_j)], v' = [v, onehot(t_j)].
-    The product q'·k' then holds the relative logit, and the output's extra columns hold the attention that each
-    query pays to each frame, from which the value side is read.
+    The heads are widened by one column per frame: q' = [q, q·E_K(t_i → ·)], k' = [k, onehot(t_j)], v' = [v,
+    onehot(t_j)]. The product q'·k' then holds the relative logit, and the output's extra columns hold the
+    attention that each query pays to each frame, from which the value side is read.
     """
 
     def __init__(self, head_channels: int, max_distance: int, as_released: bool) -> None:

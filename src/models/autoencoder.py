@@ -48,8 +48,8 @@ class Posterior:
 class LatentSpace(nn.Module):
     """What every autoencoder owns beside its network: the size and the moments of its latents.
 
-    `latent_mean` and `latent_std` (`c`) are measured once, when the autoencoder has been trained, over posterior samples
-    of training clips. Normalized latents are what diffusion sees.
+    `latent_mean` and `latent_std` (`c`) are measured once, when the autoencoder has been trained, over
+    posterior samples of training clips. Normalized latents are what diffusion sees.
     """
 
     latent_mean: Tensor
@@ -73,7 +73,9 @@ class LatentSpace(nn.Module):
                 nearest = f"{below} or {above}" if below >= factor else f"{above}"
                 complaints.append(f"{name}={size} must be a multiple of {factor}; use {nearest}")
         if complaints:
-            raise ValueError(f"the autoencoder divides (t, h, w) by {self.downsample}: " + "; ".join(complaints))
+            raise ValueError(
+                f"the autoencoder divides (t, h, w) by {self.downsample}: " + "; ".join(complaints)
+            )
         t, h, w = (size // factor for size, factor in zip(sizes.values(), self.downsample, strict=True))
         return self.latent_channels, t, h, w
 
@@ -119,7 +121,7 @@ class ResBlock3d(nn.Module):
 
 @dataclass(frozen=True)
 class NormFactory:
-    """How the autoencoder normalizes: over the clip or each frame, by a number of groups or by their width."""
+    """How the autoencoder normalizes: over what, and in how many groups or groups of what width."""
 
     scope: Literal["clip", "frame"]
     groups: int | None
@@ -127,11 +129,13 @@ class NormFactory:
 
     def __post_init__(self) -> None:
         if self.scope not in ("clip", "frame"):
-            raise ValueError(f"norm must be clip (statistics over t, h, w) or frame (over h, w), not {self.scope!r}")
+            raise ValueError(
+                f"norm must be clip (statistics over t, h, w) or frame (over h, w), not {self.scope!r}"
+            )
         if (self.groups is None) == (self.channels_per_group is None):
             raise ValueError(
                 "exactly one of norm_groups and channels_per_group must be given, got "
-                f"norm_groups={self.groups}, channels_per_group={self.channels_per_group}; set the other to null"
+                f"norm_groups={self.groups} and channels_per_group={self.channels_per_group}; set one to null"
             )
 
     def __call__(self, channels: int) -> GroupNorm:
@@ -143,7 +147,8 @@ class NormFactory:
 def stage_strides(downsample: Size3d, patch_size: Size3d) -> list[Size3d]:
     """The strides of each stage: an axis is halved in as many of the first stages as its factor asks.
 
-    (4, 8, 8) gives (2, 2, 2), (2, 2, 2), (1, 2, 2). Raises ValueError if a factor isn't the patch size times a power of two.
+    (4, 8, 8) gives (2, 2, 2), (2, 2, 2), (1, 2, 2). Raises ValueError if a factor isn't the patch size times
+    a power of two.
     """
     halvings = []
     for axis, factor, patch in zip("thw", downsample, patch_size, strict=True):
@@ -156,7 +161,7 @@ def stage_strides(downsample: Size3d, patch_size: Size3d) -> list[Size3d]:
         halvings.append(int(math.log2(rest)))
     if max(halvings) == 0:
         raise ValueError(
-            f"downsample={downsample} equals patch_size={patch_size}: nothing is left for the strided stages; "
+            f"downsample={downsample} equals patch_size={patch_size}: nothing is left for strided stages; "
             "make the patch smaller on one axis at least"
         )
     return [
@@ -169,7 +174,13 @@ class Encoder3d(nn.Module):
     """Strided convolutions with residual blocks, doubling the width as the size halves."""
 
     def __init__(
-        self, in_channels: int, hidden_channels: int, out_channels: int, strides: list[Size3d], blocks: int, norm: NormFactory
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        strides: list[Size3d],
+        blocks: int,
+        norm: NormFactory,
     ) -> None:
         super().__init__()
         self.conv_in = SameConv3d(in_channels, hidden_channels, 3)
@@ -194,7 +205,13 @@ class Decoder3d(nn.Module):
     """Transposed convolutions with residual blocks, halving the width as the size doubles."""
 
     def __init__(
-        self, in_channels: int, hidden_channels: int, out_channels: int, strides: list[Size3d], blocks: int, norm: NormFactory
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        strides: list[Size3d],
+        blocks: int,
+        norm: NormFactory,
     ) -> None:
         super().__init__()
         self.stages = nn.ModuleList()
@@ -218,12 +235,12 @@ class Autoencoder3d(LatentSpace):
     """The 3-D convolutional variational autoencoder of LVDM (He et al. 2022, section 3.1).
 
     `downsample` is the total factor on (t, h, w); `patch_size` of it is taken by moving pixels into channels
-    (a cheap stem for small machines; the paper has none), the rest by strided stages. `norm` says over
-    what the groups' statistics run: `clip` over t, h, w (the paper), `frame` over h, w alone, which lets long latents be
-    decoded in chunks without seams. The groups are counted by `norm_groups` or sized by `channels_per_group`.
-    `z_channels` is the width between the network and the 1×1×1 convolutions at its waist (as the latents by default);
-    `initial_logvar` is the posterior's log-variance at the start of training. Raises ValueError on sizes
-    that can't be.
+    (a cheap stem for small machines; the paper has none), the rest by strided stages. `norm` says over what
+    the groups' statistics run: `clip` over t, h, w (the paper), `frame` over h, w alone, which lets long
+    latents be decoded in chunks without seams. The groups are counted by `norm_groups` or sized by
+    `channels_per_group`. `z_channels` is the width between the network and the 1×1×1 convolutions at its
+    waist (as the latents by default); `initial_logvar` is the posterior's log-variance at the start of
+    training. Raises ValueError on sizes that can't be.
     """
 
     def __init__(
@@ -255,13 +272,15 @@ class Autoencoder3d(LatentSpace):
         )
         self.to_moments = SameConv3d(2 * z_channels, 2 * latent_channels, 1)
         self.from_latents = SameConv3d(latent_channels, z_channels, 1)
-        self.decoder = Decoder3d(z_channels, hidden_channels, patch_channels, strides, decoder_blocks, normalization)
+        self.decoder = Decoder3d(
+            z_channels, hidden_channels, patch_channels, strides, decoder_blocks, normalization
+        )
         with torch.no_grad():
             assert self.to_moments.bias is not None
             self.to_moments.bias[latent_channels:] = initial_logvar
 
     def encode(self, video: Tensor) -> Posterior:
-        """The posterior of the raw latents of `b c t h w` in [-1, 1]; ValueError if the size doesn't divide."""
+        """The posterior of the raw latents of a video in [-1, 1]; ValueError if its size doesn't divide."""
         self.check_video(video)
         pt, ph, pw = self.patch_size
         patches = rearrange(video, "b c (t pt) (h ph) (w pw) -> b (c pt ph pw) t h w", pt=pt, ph=ph, pw=pw)
@@ -282,7 +301,7 @@ class Autoencoder3d(LatentSpace):
         return self.decode(posterior.sample(noise)), posterior
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight of the decoder's last convolution, at which the adversarial loss is balanced."""
         return self.decoder.conv_out.weight
 

@@ -13,8 +13,8 @@ class PatchDiscriminator(nn.Module):
     """Tells real from reconstructed patches of single frames (PatchGAN, Isola et al. 2017).
 
     `n_layers` strided convolutions, doubling `width` up to eight times it, then two of stride 1. `norm` is
-    `group`, which treats every frame alone and so doesn't depend on the batch, or `batch`, as in the original. Weights
-    start at N(0, 0.02).
+    `group`, which treats every frame alone and so doesn't depend on the batch, or `batch`, as in the
+    original. Weights start at N(0, 0.02).
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class PatchDiscriminator(nn.Module):
         self.apply(initialize)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `n 1 h' w'` of the frames `n c h w`, or of a video `b c t h w`, whose frames are judged one by one.
+        """Logits `n 1 h' w'` of frames `n c h w`, or of a video `b c t h w`, frame by frame.
 
         Raises ValueError if the frames are smaller than one patch.
         """
         frames = rearrange(x, "b c t h w -> (b t) c h w") if x.ndim == 5 else x
         if frames.ndim != 4 or frames.shape[1] != self.in_channels:
             raise ValueError(
-                f"the discriminator takes frames (n, {self.in_channels}, h, w) or video (b, {self.in_channels}, t, h, w), "
-                f"got {tuple(x.shape)}"
+                f"the discriminator takes frames (n, {self.in_channels}, h, w) or video "
+                f"(b, {self.in_channels}, t, h, w), got {tuple(x.shape)}"
             )
         if min(frames.shape[2:]) < self.min_size:
             raise ValueError(
-                f"frames of {tuple(frames.shape[2:])} are too small for the discriminator, which needs {self.min_size} pixels "
-                f"per side with {len(self.convs)} strided layers; use fewer (n_layers)"
+                f"frames of {tuple(frames.shape[2:])} are too small for the discriminator: "
+                f"it needs {self.min_size} pixels per side with {len(self.convs)} strided layers; use fewer (n_layers)"
             )
         h = F.leaky_relu(self.conv_in(frames), 0.2)
         for conv, norm in zip(self.convs, self.norms, strict=True):

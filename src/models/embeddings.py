@@ -10,8 +10,8 @@ from torch.nn import functional as F
 def sinusoidal_embedding(timesteps: Tensor, width: int) -> Tensor:
     """Sinusoidal position encoding `b -> b width`, [cos | sin], of frequencies 10000^(-k/half).
 
-    Source: Vaswani et al. 2017, section 3.5, in the order of DDPM's successors; an odd width ends in a zero. Computed
-    in at least single precision.
+    Source: Vaswani et al. 2017, section 3.5, in the order of DDPM's successors; an odd width ends in a zero.
+    Computed in at least single precision.
     """
     half = width // 2
     dtype = torch.float64 if timesteps.dtype == torch.float64 else torch.float32

@@ -47,7 +47,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class FrameGroupNorm(GroupNorm):
-    """Group normalization of a video with the statistics of each frame alone, so that it can be cut in time."""
+    """Group normalization of a video with each frame's own statistics, so that it can be cut in time."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes `b c t h w`."""
@@ -73,7 +73,7 @@ def pad_replicate(x: Tensor, pads: tuple[int, ...]) -> Tensor:
 
 
 class SameConv3d(nn.Conv3d):
-    """A 3-D convolution of `b c t h w` that repeats the border and divides each size by its stride."""
+    """A 3-D convolution that repeats the border and divides each size by its stride."""
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, stride: Size3d = (1, 1, 1)
@@ -87,7 +87,7 @@ class SameConv3d(nn.Conv3d):
 
 
 class SameConvTranspose3d(nn.ConvTranspose3d):
-    """A transposed 3-D convolution of `b c t h w` that repeats the border and multiplies each size by its stride."""
+    """A transposed 3-D convolution that repeats the border and multiplies each size by its stride."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: Size3d) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size - 1)
@@ -101,8 +101,8 @@ class SameConvTranspose3d(nn.ConvTranspose3d):
 class FrameConv3d(nn.Conv2d):
     """A 3×3 convolution inside each frame of `b c t h w`, optionally of stride 2: a (1,3,3) convolution.
 
-    It is computed as a 2-D convolution of the frames: the same numbers as the 3-D one's, without the slow and (in
-    bfloat16, on some versions of cuDNN) faulty kernels of the latter. The weight is that of a Conv2d.
+    It is computed as a 2-D convolution of the frames: the same numbers as the 3-D one's, without the slow and
+    (in bfloat16, on some versions of cuDNN) faulty kernels of the latter. The weight is that of a Conv2d.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
@@ -141,7 +141,7 @@ class VideoConv3d(nn.Conv3d):
 
 
 class PointConv3d(nn.Linear):
-    """A 1×1×1 convolution of `b c t h w`, computed as a matrix product (free of copies in channels_last_3d)."""
+    """A 1×1×1 convolution, computed as a matrix product (without copies in channels_last_3d)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `b c t h w` to `b d t h w`."""

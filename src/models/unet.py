@@ -1,4 +1,4 @@
-"""The denoising network: a U-Net over space whose frames meet in attention and in normalization statistics."""
+"""The denoising network: a U-Net over space whose frames meet in attention and in normalization."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -26,9 +26,9 @@ Resampling = Literal["conv", "pool", "residual"]
 class ResBlock(nn.Module):
     """A residual block of two 3×3 convolutions, told the time embedding before the second one.
 
-    The embedding scales and shifts the second normalization (adaptive group normalization, Dhariwal & Nichol 2021) or,
-    with `scale_shift_norm` off, is added ahead of it. `resample` changes the size between the first normalization and its
-    convolution, and that of the skip connection. The second convolution starts at zero.
+    The embedding scales and shifts the second normalization (adaptive group normalization, Dhariwal & Nichol
+    2021) or, with `scale_shift_norm` off, is added ahead of it. `resample` changes the size between the first
+    normalization and its convolution, and that of the skip connection. The second convolution starts at zero.
     """
 
     def __init__(
@@ -90,7 +90,10 @@ class Step(nn.Module):
     """One step of the U-Net: a residual block if any, attention if any, a change of size if any."""
 
     def __init__(
-        self, block: ResBlock | None = None, attention: nn.Module | None = None, resize: nn.Module | None = None
+        self,
+        block: ResBlock | None = None,
+        attention: nn.Module | None = None,
+        resize: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.block = block
@@ -98,7 +101,7 @@ class Step(nn.Module):
         self.resize = resize
 
     def forward(self, x: Tensor, embedding: Tensor, recompute: bool) -> Tensor:
-        """Maps `b c t h w` to the next activation; `recompute` trades time for the residual block's memory."""
+        """Maps `b c t h w` to the next activation; `recompute` trades time for the block's memory."""
         if self.block is not None:
             if recompute:
                 x = recompute_in_backward(self.block, x, embedding, use_reentrant=False)
@@ -114,16 +117,17 @@ class Step(nn.Module):
 class UNet3d(nn.Module):
     """Predicts noise (or v, or the clean latents) from noisy latents: LVDM's U-Net (He et al. 2022, section 3.2).
 
-    Levels have `model_channels * channel_mult` channels and halve height and width from one to the next; time is never
-    shortened. Attention, built by `attention(channels)`, stands after the residual blocks of the levels whose
-    downsampling is listed in `attention_downsamples`, and in the middle. Convolutions stay inside frames
-    (`temporal_kernel=1`) or span three (`3`). `resampling` is by strided convolution, by pooling and repetition alone, or
-    inside residual blocks.
+    Levels have `model_channels * channel_mult` channels and halve height and width from one to the next; time
+    is never shortened. Attention, built by `attention(channels=, num_heads=, head_channels=, norm_groups=)`,
+    stands after the residual blocks of the levels whose downsampling is listed in `attention_downsamples`,
+    and in the middle. Convolutions stay inside frames (`temporal_kernel=1`) or span three (`3`). `resampling`
+    is by strided convolution, by pooling and repetition alone, or inside residual blocks.
 
-    What may be told beside the time: `mask_channel` adds an input channel that marks given frames; `num_noise_levels` rows say how
-    strongly those were perturbed; `num_classes` rows name the class; `frame_noise_embedding` tells the
-    perturbation only at the given frames, in the time's place (a route in the released code that no released model took).
-    `checkpoint` recomputes residual blocks in the backward pass.
+    What may be told beside the time: `mask_channel` adds an input channel that marks given frames;
+    `num_noise_levels` rows say how strongly those were perturbed; `num_classes` rows name the class;
+    `frame_noise_embedding` tells the perturbation only at the given frames, in the time's place (a route in
+    the released code that no released model took). `checkpoint` recomputes residual blocks in the backward
+    pass.
 
     Raises ValueError on sizes that can't be.
     """
@@ -137,7 +141,9 @@ class UNet3d(nn.Module):
         channel_mult: tuple[int, ...],
         num_res_blocks: int,
         attention_downsamples: tuple[int, ...] = (2, 4, 8),
-        attention: Callable[[int], nn.Module],
+        attention: Callable[..., nn.Module],
+        num_heads: int | None = None,
+        head_channels: int | None = None,
         norm_groups: int = 32,
         scale_shift_norm: bool = True,
         temporal_kernel: int = 1,
@@ -151,7 +157,9 @@ class UNet3d(nn.Module):
     ) -> None:
         super().__init__()
         if not channel_mult or channel_mult[0] != 1:
-            raise ValueError(f"channel_mult must begin with 1, got {list(channel_mult)}; scale model_channels instead")
+            raise ValueError(
+                f"channel_mult must begin with 1, got {list(channel_mult)}; scale model_channels instead"
+            )
         if resampling not in ("conv", "pool", "residual"):
             raise ValueError(f"resampling must be conv, pool or residual, not {resampling!r}")
         self.in_channels = in_channels
@@ -177,8 +185,13 @@ class UNet3d(nn.Module):
                 resample=resample,
             )
 
+        def attend(channels: int) -> nn.Module:
+            return attention(
+                channels=channels, num_heads=num_heads, head_channels=head_channels, norm_groups=norm_groups
+            )
+
         def attention_at(rate: int, channels: int) -> nn.Module | None:
-            return attention(channels) if rate in attention_downsamples else None
+            return attend(channels) if rate in attention_downsamples else None
 
         def downsampler(channels: int) -> nn.Module:
             if resampling == "residual":
@@ -214,7 +227,7 @@ class UNet3d(nn.Module):
                 rate *= 2
 
         self.middle = nn.ModuleList(
-            [Step(res_block(channels, channels), attention(channels)), Step(res_block(channels, channels))]
+            [Step(res_block(channels, channels), attend(channels)), Step(res_block(channels, channels))]
         )
 
         self.up = nn.ModuleList()
@@ -223,7 +236,9 @@ class UNet3d(nn.Module):
                 block = res_block(channels + skips.pop(), mult * model_channels)
                 channels = mult * model_channels
                 last = level > 0 and i == num_res_blocks
-                self.up.append(Step(block, attention_at(rate, channels), upsampler(channels) if last else None))
+                self.up.append(
+                    Step(block, attention_at(rate, channels), upsampler(channels) if last else None)
+                )
             rate //= 2
 
         self.norm_out = GroupNorm(norm_groups, channels, NORM_EPS)
@@ -272,9 +287,11 @@ class UNet3d(nn.Module):
         label: Tensor | None,
         frame_noise_level: Tensor | None,
     ) -> Tensor:
-        """All that the blocks are told beside the latents, `b t e`, where t is 1 unless it differs by frame."""
+        """All that the blocks are told beside the latents, `b t e`, where t is 1 if frames are told the same."""
         dtype = self.norm_out.weight.dtype
-        embedding = self.time_embedding(sinusoidal_embedding(timesteps, self.model_channels).to(dtype))[:, None]
+        embedding = self.time_embedding(sinusoidal_embedding(timesteps, self.model_channels).to(dtype))[
+            :, None
+        ]
         if frame_noise_level is not None:
             assert self.frame_noise_embedding is not None and mask is not None
             sinusoids = sinusoidal_embedding(frame_noise_level, self.model_channels).to(dtype)
@@ -305,22 +322,42 @@ class UNet3d(nn.Module):
             below, above = (h // m * m, w // m * m), (-(-h // m) * m, -(-w // m) * m)
             nearest = f"{below} or {above}" if min(below) > 0 else f"{above}"
             raise ValueError(
-                f"the U-Net halves height and width {m.bit_length() - 1} times: latents of {h}x{w} must be multiples of {m}; "
-                f"use {nearest}, or fewer levels (channel_mult)"
+                f"the U-Net halves height and width {m.bit_length() - 1} times: {h}x{w} latents must be "
+                f"multiples of {m}; use {nearest}, or fewer levels (channel_mult)"
             )
-        told = {"timesteps": timesteps, "noise_level": noise_level, "label": label, "frame_noise_level": frame_noise_level}
+        told = {
+            "timesteps": timesteps,
+            "noise_level": noise_level,
+            "label": label,
+            "frame_noise_level": frame_noise_level,
+        }
         for name, value in told.items():
             if value is not None and tuple(value.shape) != (b,):
                 raise ValueError(f"{name} must have shape ({b},), one per clip, got {tuple(value.shape)}")
         if mask is not None:
             if not (self.mask_channel or self.frame_noise_embedding is not None):
-                raise ValueError("a mask of given frames was told, but the network has no mask_channel; build it with one")
-            if mask.ndim != 5 or mask.shape[:3] != (b, 1, t) or any(
-                size not in (1, full) for size, full in zip(mask.shape[3:], (h, w), strict=True)
+                raise ValueError(
+                    "a mask of given frames was told, but the network has no mask_channel; build it with one"
+                )
+            if (
+                mask.ndim != 5
+                or mask.shape[:3] != (b, 1, t)
+                or any(size not in (1, full) for size, full in zip(mask.shape[3:], (h, w), strict=True))
             ):
                 raise ValueError(f"mask must have shape ({b}, 1, {t}, {h}, {w}), got {tuple(mask.shape)}")
         if label is not None and not self.num_classes:
-            raise ValueError("labels were told, but the network knows no classes (num_classes=0); pass label=None")
+            raise ValueError(
+                "labels were told, but the network knows no classes (num_classes=0); pass label=None"
+            )
+        if (
+            noise_level is not None
+            and not self.num_noise_levels
+            and not noise_level.is_cuda
+            and bool((noise_level >= 0).any())
+        ):
+            raise ValueError(
+                "noise levels were told, but the network knows none (num_noise_levels=0); pass -1 or None"
+            )
         if frame_noise_level is not None and (self.frame_noise_embedding is None or mask is None):
             raise ValueError("frame_noise_level wants a network with frame_noise_embedding, and a mask")
 
