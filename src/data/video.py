@@ -1,0 +1,511 @@
+"""Video files: exact frames out of them, and clips into files that every browser plays.
+
+Frames are uint8 ``t h w c`` RGB. Frames are counted in presentation order, by decoding: declared frame counts
+and time stamps lie often enough (packed-B AVI, truncated files) that neither is trusted.
+"""
+
+import io
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
+
+import av
+import numpy as np
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
+from PIL import Image, ImageOps
+
+from .transforms import Frames
+
+# fmt: off
+VIDEO_EXTENSIONS = frozenset({
+    ".3gp", ".apng", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
+    ".ogv", ".ts", ".webm", ".wmv",
+})
+IMAGE_EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+# fmt: on
+
+# A folder of images states no frame rate.
+IMAGES_FPS = 25.0
+
+_PILLOW_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+class VideoError(RuntimeError):
+    """A video can't be read; the message names its path and what is wrong with it."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = str(path)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"can't read the video {self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What decoding a video from end to end shows, after its rotation is applied.
+
+    ``fps`` is the average rate. ``variable_rate`` says that the frames are not evenly spaced in time, so
+    that showing the file at its average rate repeats and drops frames (see ``read_clip``); there are
+    ``num_frames`` ticks of that rate in any case. A folder of images counts as 25 frames per second.
+    """
+
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    variable_rate: bool = False
+
+
+@dataclass(frozen=True)
+class _TimedFrame:
+    """A decoded frame that is turned into pixels only if it is wanted; times in seconds, None if not told."""
+
+    to_rgb: Callable[[], Frames]
+    size: tuple[int, int]
+    time: float | None
+    duration: float | None
+
+
+def probe(path: str | os.PathLike[str]) -> VideoInfo:
+    """Count a video's frames by decoding all of them, and measure its size and rate.
+
+    Raises VideoError if there is no frame to be had.
+    """
+    if os.path.isdir(path):
+        images = _image_files(path)
+        height, width = _read_image(images[0]).shape[:2]
+        return VideoInfo(len(images), IMAGES_FPS, height, width)
+    size: tuple[int, int] | None = None
+    times: list[float | None] = []
+    duration: float | None = None
+    for frame in _decode(path):
+        size = size or frame.size
+        times.append(frame.time)
+        duration = frame.duration
+    assert size is not None  # _decode raises if there is no frame
+    fps, variable_rate = _frame_rate(path, times, duration)
+    return VideoInfo(len(times), fps, *size, variable_rate)
+
+
+def read_clip(
+    path: str | os.PathLike[str],
+    start: int,
+    num_frames: int,
+    frame_stride: int = 1,
+    *,
+    at_fps: float | None = None,
+    resize: Callable[[Frames], Frames] | None = None,
+) -> Frames:
+    """Read ``num_frames`` frames, ``frame_stride`` apart, from frame ``start`` on: uint8 ``t h w c``, RGB.
+
+    Frame k is the k-th in presentation order. With ``at_fps``, for files of variable rate (or to change the
+    rate), time rules instead: frame k is the one on the screen in the middle of the k-th tick of that rate,
+    by the file's time stamps. Rotation metadata is applied, a transparency channel is dropped, pixels that
+    are not square stay so. ``resize`` is applied frame by frame: a clip is never held in full size.
+
+    Raises VideoError if the file can't be read or has too few frames.
+    """
+    if start < 0 or num_frames < 1 or frame_stride < 1:
+        raise ValueError(
+            f"a clip needs start >= 0, num_frames >= 1 and frame_stride >= 1; got {start=}, {num_frames=}, "
+            f"{frame_stride=}"
+        )
+    stop = start + (num_frames - 1) * frame_stride + 1
+    frames: list[Frames] = []
+    count = 0
+    if os.path.isdir(path):
+        images = _image_files(path)
+        count = len(images)
+        wanted: Iterable[Frames] = map(_read_image, images[start:stop:frame_stride])
+        for frame in wanted:
+            frames.append(resize(frame) if resize else frame)
+    else:
+        decoded = _decode(path)
+        for count, timed in enumerate(
+            decoded if at_fps is None else _at_rate(path, decoded, at_fps), start=1
+        ):
+            index = count - 1
+            if index >= start and (index - start) % frame_stride == 0:
+                rgb = timed.to_rgb()
+                frames.append(resize(rgb) if resize else rgb)
+                if len(frames) == num_frames:
+                    break
+    if len(frames) < num_frames:
+        raise VideoError(path, f"it has {count} frames, and frames {start} to {stop - 1} are asked for")
+    if len({frame.shape for frame in frames}) > 1:
+        raise VideoError(path, "its frames are of several sizes; resize them")
+    return np.stack(frames)
+
+
+def iterate_frames(path: str | os.PathLike[str], *, at_fps: float | None = None) -> Iterator[Frames]:
+    """Yield a video's frames one after the other, uint8 ``h w c``; ``at_fps`` as in ``read_clip``."""
+    if os.path.isdir(path):
+        yield from map(_read_image, _image_files(path))
+        return
+    decoded = _decode(path)
+    for frame in decoded if at_fps is None else _at_rate(path, decoded, at_fps):
+        yield frame.to_rgb()
+
+
+def _decode(path: str | os.PathLike[str]) -> Iterator[_TimedFrame]:
+    """Decode a file in presentation order; raises VideoError if not even one frame comes out.
+
+    As in ffmpeg's own tool, a damaged packet costs its own frames and the rest goes on.
+    """
+    if Path(path).suffix.lower() == ".webp":  # FFmpeg's demuxer doesn't know the animated kind
+        yield from _decode_webp(path)
+        return
+    found = False
+    reason = "no frame in it can be decoded"
+    try:
+        # "file:" keeps a name like "concat:x" or "-x" from being anything but a file's name.
+        with av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"}) as container:
+            streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+            if not streams:
+                raise VideoError(path, "there is no video stream in it")
+            stream = streams[0]
+            # Loader workers are many; each decodes with one thread.
+            stream.thread_type = "NONE"
+            stream.codec_context.thread_count = 1
+            # One for the file: each builds tables that cost more than a small frame.
+            reformatter = VideoReformatter()
+            for packet in container.demux(stream):
+                try:
+                    decoded = packet.decode()
+                except av.error.FFmpegError as error:
+                    reason = error.strerror or reason
+                    continue
+                for frame in decoded:
+                    found = True
+                    yield _timed(frame, reformatter)
+    except (av.error.FFmpegError, OSError, UnicodeError) as error:
+        if isinstance(error, FileNotFoundError):
+            reason = "there is no such file"
+        else:
+            reason = getattr(error, "strerror", None) or str(error)
+    if not found:
+        raise VideoError(path, reason)
+
+
+def _timed(frame: av.VideoFrame, reformatter: VideoReformatter) -> _TimedFrame:
+    transposed, flip_y, flip_x = _orientation(frame)
+    base = frame.time_base
+
+    def to_rgb() -> Frames:
+        converted = reformatter.reformat(frame, format="rgb24", threads=1)
+        plane = converted.planes[0]
+        if plane.line_size > 0:  # to_ndarray does the same, but takes longer than decoding a small frame
+            levels: Frames = np.frombuffer(memoryview(plane), np.uint8, count=frame.height * plane.line_size)
+            rgb = levels.reshape(frame.height, plane.line_size)[:, : frame.width * 3]
+            rgb = rgb.reshape(frame.height, frame.width, 3)
+        else:
+            rgb = converted.to_ndarray().astype(np.uint8, copy=False)
+        if transposed:
+            rgb = rgb.transpose(1, 0, 2)
+        rgb = rgb[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+        return rgb.copy()  # the plane's memory goes with the frame
+
+    return _TimedFrame(
+        to_rgb,
+        (frame.width, frame.height) if transposed else (frame.height, frame.width),
+        None if frame.pts is None or base is None else float(frame.pts * base),
+        None if not frame.duration or base is None else float(frame.duration * base),
+    )
+
+
+def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
+    """Tell how to show a frame upright: whether to transpose, then flip vertically, then horizontally.
+
+    The display matrix maps a stored (x, y), y down, to (a·x + c·y, b·x + d·y).
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(cast(bytes, matrix), dtype=np.int32)[:5].astype(float)
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return False, bool(d < 0), bool(a < 0)
+    return True, bool(b < 0), bool(c < 0)
+
+
+def _decode_webp(path: str | os.PathLike[str]) -> Iterator[_TimedFrame]:
+    try:
+        with Image.open(path) as image:
+            time = 0.0
+            for index in range(getattr(image, "n_frames", 1)):
+                image.seek(index)
+                rgb = np.asarray(image.convert("RGB"))
+                duration = image.info.get("duration", 0) / 1000
+                yield _TimedFrame(lambda rgb=rgb: rgb, rgb.shape[:2], time, duration)  # type: ignore[misc]
+                time += duration
+    except _PILLOW_ERRORS as error:
+        raise VideoError(path, str(error)) from error
+
+
+def _increasing(times: Sequence[float | None]) -> bool:
+    return all(
+        before is not None and after is not None and before < after for before, after in pairwise(times)
+    )
+
+
+def _frame_rate(
+    path: str | os.PathLike[str], times: Sequence[float | None], last_duration: float | None
+) -> tuple[float, bool]:
+    """Give the average frame rate, and whether the frames stand unevenly in time."""
+    declared = _declared_rate(path)
+    first, last = times[0], times[-1]
+    if len(times) < 2 or first is None or last is None or not _increasing(times):
+        return declared or IMAGES_FPS, False
+    mean = (last - first) / (len(times) - 1)
+    span = last - first + (last_duration or mean)
+    even = all(abs(t - first - k * mean) < 0.25 * mean for k, t in enumerate(times) if t is not None)
+    if even:
+        # The declared rate is the exact one, if the stamps agree with it.
+        agrees = declared is not None and abs(declared * mean - 1) < 0.02
+        return (declared if declared is not None and agrees else 1 / mean), False
+    return len(times) / span, True
+
+
+def _declared_rate(path: str | os.PathLike[str]) -> float | None:
+    if Path(path).suffix.lower() == ".webp":
+        return None
+    with av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"}) as container:
+        rate = container.streams.video[0].average_rate
+    return float(rate) if rate else None
+
+
+def _at_rate(
+    path: str | os.PathLike[str], frames: Iterable[_TimedFrame], fps: float
+) -> Iterator[_TimedFrame]:
+    """Repeat and drop frames such that one comes per tick of ``fps``: the one on the screen amid the tick.
+
+    The last frame stays for its own duration, or where the file doesn't tell, for the average one.
+    """
+    if not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"at_fps must be a positive number, got {fps}")
+    ticks = 0
+    count = 0
+    start = shown_since = 0.0
+    shown: _TimedFrame | None = None
+    for frame in frames:
+        if frame.time is None or (shown is not None and frame.time <= shown_since):
+            raise VideoError(path, "its time stamps don't increase, so it can't be read by time")
+        if shown is None:
+            start = frame.time
+        while shown is not None and start + (ticks + 0.5) / fps < frame.time:
+            yield shown
+            ticks += 1
+        shown, shown_since, count = frame, frame.time, count + 1
+    if shown is None:
+        return
+    duration = shown.duration or ((shown_since - start) / (count - 1) if count > 1 else 1 / fps)
+    for _ in range(ticks, max(1, round((shown_since + duration - start) * fps))):
+        yield shown
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Order names as people count: frame2 before frame10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+
+
+def _image_files(folder: str | os.PathLike[str]) -> list[Path]:
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise VideoError(folder, error.strerror or str(error)) from error
+    images = [
+        name for name in names if Path(name).suffix.lower() in IMAGE_EXTENSIONS and not name.startswith(".")
+    ]
+    if not images:
+        raise VideoError(folder, "the folder holds no images")
+    return [Path(folder, name) for name in sorted(images, key=natural_key)]
+
+
+def _read_image(path: Path) -> Frames:
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):  # 16 bits: Pillow would clip, not scale
+                levels = np.asarray(upright).astype(np.float64) / 257
+                upright = Image.fromarray(np.clip(levels.round(), 0, 255).astype(np.uint8))
+            return np.array(upright.convert("RGB"))
+    except _PILLOW_ERRORS as error:
+        raise VideoError(path, str(error) or type(error).__name__) from error
+
+
+class VideoWriter:
+    """Write frames to an H.264 mp4 that every browser plays, as they come.
+
+    4:2:0 with BT.601 colour, tagged, and the index in front. Odd heights and widths, which 4:2:0 can't hold,
+    grow by one row or column that repeats the last. The file appears under its name only when it is complete;
+    after an error there is none. Equal frames give equal bytes on one version of the encoder.
+
+    ``crf`` is x264's quality, 0 (lossless but for colour) to 51; a key frame comes every
+    ``keyframe_interval`` frames.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], fps: float, *, crf: int = 16, keyframe_interval: int = 24
+    ) -> None:
+        if not (math.isfinite(fps) and fps > 0):
+            raise ValueError(f"fps must be a positive number, got {fps}")
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._shape: tuple[int, ...] | None = None
+        self._count = 0
+        self._reformatter = VideoReformatter()
+        self._container = av.open(f"file:{self._part}", "w", format="mp4", options={"movflags": "+faststart"})
+        rate = Fraction(fps).limit_denominator(1001)
+        self._stream = self._container.add_stream(
+            "libx264", rate=rate, options={"crf": str(crf), "g": str(keyframe_interval)}
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._discard()
+
+    def write(self, frames: Frames) -> None:
+        """Append frames, uint8 ``t h w c`` RGB, all of one size.
+
+        Raises ValueError for anything else, OSError if the disk is full.
+        """
+        frames = np.asarray(frames)
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+            raise ValueError(f"frames must be uint8 t h w 3, got {frames.dtype} of shape {frames.shape}")
+        if self._shape is None:
+            self._start(frames.shape[1:])
+        if frames.shape[1:] != self._shape:
+            raise ValueError(f"frames must all be h w c = {self._shape}, got {frames.shape[1:]}")
+        height, width = frames.shape[1:3]
+        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        for frame in frames:
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            yuv = self._reformatter.reformat(
+                rgb,
+                format="yuv420p",
+                src_color_range="JPEG",
+                dst_color_range="MPEG",
+                dst_colorspace=Colorspace.SMPTE170M,
+                interpolation=Interpolation.BICUBIC,
+                threads=1,
+            )
+            yuv.pts = self._count
+            yuv.time_base = 1 / self._stream.codec_context.framerate
+            self._count += 1
+            self._encode(yuv)
+
+    def close(self) -> None:
+        """Finish the file and put it under its name; raises ValueError if nothing was written."""
+        if self._count == 0:
+            self._discard()
+            raise ValueError(f"no frames were written to {self.path}")
+        try:
+            self._encode(None)
+            self._container.close()
+            os.replace(self._part, self.path)
+        except BaseException:
+            self._discard()
+            raise
+
+    def _start(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+        stream = self._stream
+        stream.height = shape[0] + shape[0] % 2
+        stream.width = shape[1] + shape[1] % 2
+        stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        # One thread: several make the bytes depend on the machine.
+        context.thread_count = 1
+        # BT.601 is what readers that ignore tags assume for small pictures; primaries and curve are sRGB's.
+        context.colorspace = 6
+        context.color_range = 1
+        context.color_primaries = 1
+        context.color_trc = 1
+
+    def _encode(self, frame: av.VideoFrame | None) -> None:
+        for packet in self._stream.encode(frame):
+            self._container.mux(packet)
+
+    def _discard(self) -> None:
+        try:
+            self._container.close()
+        except (av.error.FFmpegError, OSError):
+            pass  # the file is thrown away
+        finally:
+            self._part.unlink(missing_ok=True)
+
+
+def write_video(path: str | os.PathLike[str], frames: Frames, fps: float) -> None:
+    """Write a clip, uint8 ``t h w c``, to an H.264 mp4 (see ``VideoWriter``)."""
+    with VideoWriter(path, fps) as writer:
+        writer.write(frames)
+
+
+def _scaled(frame: Frames, height: int | None) -> Image.Image:
+    image = Image.fromarray(frame)
+    if height is None or height == image.height:
+        return image
+    width = max(1, round(image.width * height / image.height))
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode_preview(frames: Frames, fps: float, height: int | None = None) -> bytes:
+    """Encode a clip, uint8 ``t h w c``, as an endless animated WebP; ``height`` scales it."""
+    images = [_scaled(frame, height) for frame in frames]
+    # Whole milliseconds, such that the sum doesn't drift.
+    stamps = [round(index * 1000 / fps) for index in range(len(images) + 1)]
+    durations = [end - begin for begin, end in pairwise(stamps)]
+    buffer = io.BytesIO()
+    images[0].save(
+        buffer,
+        format="WEBP",
+        save_all=True,
+        append_images=images[1:],
+        duration=durations,
+        loop=0,
+        quality=85,
+        minimize_size=False,
+    )
+    return buffer.getvalue()
+
+
+def contact_sheet(videos: Sequence[Frames], num_columns: int, height: int | None = None) -> bytes:
+    """Lay clips out as a PNG: one clip per row, ``num_columns`` of its frames from left to right.
+
+    The frames are evenly spaced, first and last included; of fewer frames than columns each comes once.
+    ``height`` scales each frame.
+    """
+    rows: list[list[Image.Image]] = []
+    for frames in videos:
+        count = min(num_columns, len(frames))
+        picks = [round(k * (len(frames) - 1) / max(1, count - 1)) for k in range(count)]
+        rows.append([_scaled(frames[pick], height) for pick in picks])
+    if not rows:
+        raise ValueError("a contact sheet needs at least one clip")
+    gap = 2
+    cell_width = max(image.width for row in rows for image in row) + gap
+    cell_height = max(image.height for row in rows for image in row) + gap
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * cell_width + gap, len(rows) * cell_height + gap), (24, 24, 24))
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            sheet.paste(image, (gap + x * cell_width, gap + y * cell_height))
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,432 @@
+import io
+import os
+from collections.abc import Callable
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from src.data.transforms import Frames, Resize
+from src.data.video import (
+    VideoError,
+    VideoWriter,
+    contact_sheet,
+    encode_preview,
+    iterate_frames,
+    natural_key,
+    probe,
+    read_clip,
+    write_video,
+)
+
+Shared = Callable[[str], Path]
+
+
+def numbered(num_frames: int, height: int = 48, width: int = 64) -> Frames:
+    """Frames that tell their index: as eight black or white bars."""
+    frames = np.zeros((num_frames, height, width, 3), np.uint8)
+    for t in range(num_frames):
+        for bit in range(8):
+            if t >> bit & 1:
+                frames[t, :, bit * width // 8 : (bit + 1) * width // 8] = 255
+    return frames
+
+
+def numbers(frames: Frames) -> list[int]:
+    height, width = frames.shape[1:3]
+    return [
+        sum(int(frame[height // 2, int((bit + 0.5) * width / 8)].mean() > 127) << bit for bit in range(8))
+        for frame in frames
+    ]
+
+
+def write_raw(
+    path: Path, codec: str, frames: Frames, stamps: list[int] | None = None, **options: str
+) -> None:
+    """Write frames with any codec and any time stamps (in 1/100 s), by PyAV alone."""
+    rotation = int(options.pop("rotation", "0"))
+    pix_fmt = options.pop("pix_fmt", "yuv420p")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pix_fmt
+        stream.codec_context.time_base = stream.time_base = Fraction(1, 100)
+        assert rotation == 0
+        for index, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.time_base = Fraction(1, 100)
+            picture.pts = stamps[index] if stamps else index * 4
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+
+
+def reference_frames(path: Path) -> list[Frames]:
+    """Decode a file from end to end as PyAV's own documentation does it, damaged packets left out.
+
+    With one thread, because how a decoder conceals damage depends on their number.
+    """
+    found = []
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        for packet in container.demux(video=0):
+            try:
+                found += [frame.to_ndarray(format="rgb24") for frame in packet.decode()]
+            except av.error.InvalidDataError:
+                continue
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mp4", "libx264", {"g": "250", "bf": "3"}),
+        ("b.mkv", "libx264", {"g": "7", "bf": "2"}),
+        ("c.avi", "mpeg4", {"bf": "2", "g": "300"}),
+        ("d.webm", "libvpx-vp9", {"deadline": "realtime"}),
+        ("e.mov", "mjpeg", {"pix_fmt": "yuvj422p"}),
+    ],
+)
+def test_clips_are_frame_exact_at_any_start_and_stride(
+    tmp_path: Path, name: str, codec: str, options: dict[str, str]
+) -> None:
+    path = tmp_path / name
+    write_raw(path, codec, numbered(60), **options)
+    assert probe(path).num_frames == 60
+    for start, count, stride in [(0, 60, 1), (0, 1, 1), (59, 1, 7), (13, 16, 2), (1, 20, 3), (30, 5, 6)]:
+        clip = read_clip(path, start, count, stride)
+        assert clip.dtype == np.uint8 and clip.shape == (count, 48, 64, 3)
+        assert numbers(clip) == [start + k * stride for k in range(count)]
+    assert numbers(np.stack(list(iterate_frames(path)))) == list(range(60))
+
+
+def test_asking_beyond_the_end_names_the_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "short.mp4"
+    write_video(path, numbered(10), 8)
+    with pytest.raises(VideoError, match=r"short.mp4: it has 10 frames, and frames 4 to 10 "):
+        read_clip(path, 4, 4, 2)
+    with pytest.raises(ValueError, match="start=-1"):
+        read_clip(path, -1, 4)
+
+
+def test_time_rules_where_the_rate_varies(tmp_path: Path) -> None:
+    # On screen, in hundredths of a second: 0 for 10, 1 for 10, 2 for 40, 3 for 10, 4 for 4 (says the file).
+    path = tmp_path / "variable.mkv"
+    write_raw(path, "libx264", numbered(5), stamps=[0, 10, 20, 60, 70])
+    info = probe(path)
+    assert info.variable_rate and info.num_frames == 5
+    assert numbers(read_clip(path, 0, 5)) == [0, 1, 2, 3, 4]
+    # Ten ticks a second, looked at in their middle: 5, 15, 25, …
+    assert numbers(read_clip(path, 0, 7, at_fps=10)) == [0, 1, 2, 2, 2, 2, 3]
+    assert numbers(read_clip(path, 2, 3, 2, at_fps=10)) == [2, 2, 3]
+    assert numbers(read_clip(path, 0, 3, at_fps=4)) == [1, 2, 3]
+    # At the average rate there are as many ticks as frames.
+    assert sum(1 for _ in iterate_frames(path, at_fps=info.fps)) == 5
+
+
+def test_an_even_rate_reads_the_same_by_time_and_by_count(tmp_path: Path) -> None:
+    path = tmp_path / "even.mkv"  # Matroska rounds stamps to milliseconds
+    with VideoWriter(tmp_path / "even.mp4", 30000 / 1001) as writer:
+        writer.write(numbered(50))
+    write_raw(path, "libx264", numbered(50))
+    for file, fps in [(path, 25), (tmp_path / "even.mp4", 30000 / 1001)]:
+        info = probe(file)
+        assert not info.variable_rate and info.fps == pytest.approx(fps, rel=1e-9)
+        np.testing.assert_array_equal(read_clip(file, 3, 11, 4, at_fps=info.fps), read_clip(file, 3, 11, 4))
+    # And the rate can be changed: half of it takes every second frame.
+    assert numbers(read_clip(path, 0, 25, at_fps=12.5)) == list(range(1, 50, 2))
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_rotation_metadata_is_applied(tmp_path: Path, degrees: int) -> None:
+    upright = np.zeros((2, 32, 64, 3), np.uint8)
+    upright[:, :16, :32] = (255, 0, 0)
+    upright[:, :16, 32:] = (0, 255, 0)
+    upright[:, 16:, :32] = (0, 0, 255)
+    # What a camera stores that was held so that the file must be turned clockwise by `degrees`.
+    stored = np.rot90(upright, degrees // 90, axes=(1, 2))
+    plain, path = tmp_path / "plain.mp4", tmp_path / "turned.mp4"
+    write_video(plain, stored, 8)
+    box = bytearray(plain.read_bytes())
+    # The track header's matrix is the second of two (the first is the whole movie's), 16.16 fixed point.
+    unit = np.array([65536, 0, 0, 0, 65536, 0, 0, 0, 0x40000000], ">i4").tobytes()
+    at = box.index(unit, box.index(b"tkhd"))
+    a, b, c, d = {0: (1, 0, 0, 1), 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
+    turned = np.array([a * 65536, b * 65536, 0, c * 65536, d * 65536, 0, 0, 0, 0x40000000], ">i4")
+    box[at : at + 36] = turned.tobytes()
+    path.write_bytes(box)
+    info = probe(path)
+    assert (info.height, info.width) == (32, 64)
+    frame = read_clip(path, 0, 1)[0].astype(int)
+    for y, x in [(6, 10), (6, 50), (26, 10), (26, 50)]:
+        assert np.abs(frame[y, x] - upright[0, y, x]).max() < 12
+
+
+def test_a_folder_of_images_is_a_video(tmp_path: Path) -> None:
+    frames = numbered(12)
+    for t, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"frame{t}.png")
+    (tmp_path / "notes.txt").write_text("not a frame")
+    assert probe(tmp_path).num_frames == 12
+    np.testing.assert_array_equal(read_clip(tmp_path, 1, 5, 2), frames[1:11:2])
+    np.testing.assert_array_equal(np.stack(list(iterate_frames(tmp_path))), frames)
+    with pytest.raises(VideoError, match="it has 12 frames"):
+        read_clip(tmp_path, 10, 3)
+
+
+def test_images_of_any_kind_become_rgb(tmp_path: Path) -> None:
+    levels = np.arange(0, 256, 16, dtype=np.uint8).reshape(4, 4)
+    Image.fromarray(levels).save(tmp_path / "0.png")
+    Image.fromarray(levels.astype(np.uint16) * 257).save(tmp_path / "1.png")
+    alpha = np.dstack([levels, levels, levels, np.full_like(levels, 7)])
+    Image.fromarray(alpha).save(tmp_path / "2.png")
+    Image.fromarray(levels).convert("P").save(tmp_path / "3.png")
+    np.testing.assert_array_equal(
+        read_clip(tmp_path, 0, 4), levels[None, ..., None].repeat(4, 0).repeat(3, -1)
+    )
+
+
+def test_broken_images_are_named(tmp_path: Path) -> None:
+    Image.fromarray(numbered(1)[0]).save(tmp_path / "0.jpg")
+    (tmp_path / "1.jpg").write_bytes((tmp_path / "0.jpg").read_bytes()[:200])
+    with pytest.raises(VideoError, match=r"1\.jpg"):
+        read_clip(tmp_path, 0, 2)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(VideoError, match="holds no images"):
+        probe(empty)
+
+
+def test_names_are_ordered_as_people_count() -> None:
+    names = ["f10.png", "f9.png", "f1.png", "a.png", "f2b.png", "f2.png"]
+    assert sorted(names, key=natural_key) == ["a.png", "f1.png", "f2.png", "f2b.png", "f9.png", "f10.png"]
+    assert sorted(["10.png", "x.png", "9.png"], key=natural_key)[0:2] == ["9.png", "10.png"]
+
+
+@pytest.mark.parametrize("name", ["-dash & space.mp4", "concat:a|b.mp4", "ünïcode 視頻.mp4", "a%20b?#.mp4"])
+def test_odd_names_are_just_names(tmp_path: Path, name: str) -> None:
+    write_video(tmp_path / name, numbered(6), 8)
+    assert numbers(read_clip(tmp_path / name, 0, 6)) == list(range(6))
+    before = Path.cwd()
+    try:
+        os.chdir(tmp_path)
+        assert probe(name).num_frames == 6
+    finally:
+        os.chdir(before)
+
+
+def test_resize_is_applied_to_every_frame(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    write_video(path, numbered(6), 8)
+    whole = read_clip(path, 0, 6)
+    resize = Resize((24, 24))
+    np.testing.assert_array_equal(read_clip(path, 0, 6, resize=resize), np.stack([resize(f) for f in whole]))
+
+
+def test_flat_colours_survive_the_file(tmp_path: Path) -> None:
+    colours = np.array(
+        [(r, g, b) for r in (0, 90, 255) for g in (0, 160, 255) for b in (0, 128, 255)], np.uint8
+    )
+    frames = np.broadcast_to(colours[:, None, None], (len(colours), 32, 32, 3))
+    write_video(tmp_path / "colours.mp4", frames, 8)
+    back = read_clip(tmp_path / "colours.mp4", 0, len(colours)).astype(int)
+    assert np.abs(back - frames).max() <= 3
+
+
+def test_what_is_written_plays_in_browsers(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "down" / "a.mp4"
+    write_video(path, numbered(30), 12.5)
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        assert stream.average_rate == Fraction(25, 2) and stream.frames == 30
+        # H.273: matrix 6 is BT.601, range 1 is limited, primaries and curve 1 are BT.709.
+        context = stream.codec_context
+        assert (context.colorspace, context.color_range) == (6, 1)
+        assert (context.color_primaries, context.color_trc) == (1, 1)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_equal_frames_give_equal_bytes(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3), dtype=np.uint8)
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, frames, 8)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_odd_sizes_repeat_the_last_row_and_column(tmp_path: Path) -> None:
+    frames = np.full((4, 33, 17, 3), (200, 40, 90), np.uint8)
+    write_video(tmp_path / "odd.mp4", frames, 8)
+    back = read_clip(tmp_path / "odd.mp4", 0, 4).astype(int)
+    assert back.shape == (4, 34, 18, 3)
+    assert np.abs(back - (200, 40, 90)).max() <= 3
+
+
+def test_frames_can_be_written_bit_by_bit(tmp_path: Path) -> None:
+    frames = numbered(30)
+    write_video(tmp_path / "once.mp4", frames, 8)
+    with VideoWriter(tmp_path / "twice.mp4", 8) as writer:
+        for begin in range(0, 30, 7):
+            writer.write(frames[begin : begin + 7])
+    assert (tmp_path / "once.mp4").read_bytes() == (tmp_path / "twice.mp4").read_bytes()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    with pytest.raises(RuntimeError, match="stop"), VideoWriter(path, 8) as writer:
+        writer.write(numbered(5))
+        raise RuntimeError("stop")
+    with pytest.raises(ValueError, match="no frames"), VideoWriter(path, 8):
+        pass
+    with pytest.raises(ValueError, match=r"all be h w c = \(48, 64, 3\)"), VideoWriter(path, 8) as writer:
+        writer.write(numbered(5))
+        writer.write(numbered(5, 32, 32))
+    with pytest.raises(ValueError, match="uint8"), VideoWriter(path, 8) as writer:
+        writer.write(np.zeros((2, 8, 8, 3), np.float32))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="fps"):
+        VideoWriter(path, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_keeps_the_file_that_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    write_video(path, numbered(5), 8)
+    with pytest.raises(RuntimeError), VideoWriter(path, 8) as writer:
+        writer.write(numbered(9))
+        raise RuntimeError("stop")
+    assert probe(path).num_frames == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "no such file"), (b"", "."), (b"not a video", "."), (b"\0" * 5000, ".")],
+)
+def test_what_is_no_video_is_named_with_the_reason(
+    tmp_path: Path, content: bytes | None, reason: str
+) -> None:
+    path = tmp_path / "x.mp4"
+    if content is not None:
+        path.write_bytes(content)
+    for attempt in (lambda: probe(path), lambda: read_clip(path, 0, 1), lambda: next(iterate_frames(path))):
+        with pytest.raises(VideoError, match=f"x.mp4: .*{reason}") as caught:
+            attempt()
+        assert caught.value.path == str(path) and caught.value.reason
+
+
+def test_previews_play_back(tmp_path: Path) -> None:
+    frames = numbered(9)
+    data = encode_preview(frames, 12, height=96)
+    (tmp_path / "p.webp").write_bytes(data)
+    info = probe(tmp_path / "p.webp")
+    assert (info.num_frames, info.height, info.width) == (9, 96, 128)
+    assert info.fps == pytest.approx(12, rel=0.01)
+    assert numbers(read_clip(tmp_path / "p.webp", 0, 9)) == list(range(9))
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.info["loop"] == 0
+
+
+def test_a_contact_sheet_has_a_row_per_clip_and_time_to_the_right() -> None:
+    clips = [np.stack([np.full((8, 8, 3), 20 * t + 100 * row, np.uint8) for t in range(7)]) for row in (0, 1)]
+    with Image.open(io.BytesIO(contact_sheet(clips, 3))) as image:
+        sheet = np.asarray(image)
+    assert sheet.shape == (2 * 10 + 2, 3 * 10 + 2, 3)
+    cells = [[int(sheet[2 + 10 * y + 4, 2 + 10 * x + 4, 0]) for x in range(3)] for y in range(2)]
+    assert cells == [[0, 60, 120], [100, 160, 220]]
+    with Image.open(io.BytesIO(contact_sheet(clips, 30, height=16))) as image:
+        assert image.size == (7 * 18 + 2, 2 * 18 + 2)
+    with pytest.raises(ValueError, match="at least one"):
+        contact_sheet([], 4)
+
+
+# Against PyAV's own sequential decoding of real and of hostile files.
+
+UPRIGHT = {"decord_video_90.mov": -1, "decord_video_180.mov": 2, "decord_video_270.mov": 1}
+UPRIGHT["moviepy_rotated_vfr_fire2.mp4"] = 2
+NOT_VIDEOS = {
+    "audio_only_no_video.mp4",
+    "broken_symlink.mp4",
+    "empty.mp4",
+    "missing_header.mp4",
+    "text_file.mp4",
+    "torchcodec_audio_only.mp3",
+    "truncated_moov_maybe.mp4",
+}
+
+
+def check_against_sequential_decoding(path: Path) -> None:
+    turns = UPRIGHT.get(path.name, 0)
+    expected = [np.rot90(frame, turns) for frame in reference_frames(path)]
+    info = probe(path)
+    assert info.num_frames == len(expected)
+    assert (info.height, info.width) == expected[0].shape[:2]
+    count = min(16, len(expected))
+    stride = min(4, len(expected) // count)
+    for start in {0, len(expected) - 1 - (count - 1) * stride}:
+        clip = read_clip(path, start, count, stride)
+        np.testing.assert_array_equal(clip, np.stack(expected[start::stride][:count]))
+    with pytest.raises(VideoError):
+        read_clip(path, len(expected), 1)
+    if info.variable_rate:
+        assert sum(1 for _ in iterate_frames(path, at_fps=info.fps)) == len(expected)
+
+
+def test_odd_files_are_read_right_or_refused_by_name(shared: Shared) -> None:
+    files = sorted(path for path in shared("odd_clips").iterdir())
+    refused = set()
+    small = 60_000  # bytes; the bigger ones come with the slow tests
+    for path in files:
+        if path.name == "animated.webp":
+            # PyAV can't read it; Pillow can.
+            with Image.open(path) as image:
+                assert probe(path).num_frames == image.n_frames == len(list(iterate_frames(path)))
+            continue
+        try:
+            read_clip(path, 0, 1)
+        except VideoError as error:
+            assert str(path) in str(error) and error.reason
+            refused.add(path.name)
+            continue
+        if path.stat().st_size < small:
+            check_against_sequential_decoding(path)
+    assert refused == NOT_VIDEOS & {path.name for path in files}
+
+
+@pytest.mark.parametrize("name", ["v_ApplyEyeMakeup_g01_c01.avi", "v_Archery_paddlevideo_example.avi"])
+def test_genuine_ucf101_files(shared: Shared, name: str) -> None:
+    path = shared(f"clips/ucf101/{name}")
+    info = probe(path)
+    assert (info.height, info.width, info.fps) == (240, 320, 25)
+    assert info.num_frames == {"v_A": 164}.get(name[:3], 0) or info.num_frames == 131
+    check_against_sequential_decoding(path)
+
+
+@pytest.mark.slow
+def test_all_real_and_odd_files(shared: Shared) -> None:
+    files = sorted(path for path in shared("clips").rglob("*") if path.is_file())
+    files += [path for path in shared("odd_clips").iterdir() if path.name not in NOT_VIDEOS]
+    for path in files:
+        if path.suffix == ".webp":
+            continue
+        check_against_sequential_decoding(path)
+
+
+def test_variable_rate_of_a_real_file(shared: Shared) -> None:
+    path = shared("odd_clips/variable_frame_rate.mp4")
+    info = probe(path)
+    assert info.variable_rate
+    with av.open(str(path)) as container:
+        stamps = [float(frame.time or 0) for frame in container.decode(video=0)]
+    frames = list(iterate_frames(path))
+    resampled = list(iterate_frames(path, at_fps=info.fps))
+    for tick, frame in enumerate(resampled):
+        moment = (tick + 0.5) / info.fps
+        on_screen = max(k for k, stamp in enumerate(stamps) if stamp - stamps[0] <= moment)
+        np.testing.assert_array_equal(frame, frames[on_screen])
+    gaps = {round(b - a, 4) for a, b in pairwise(stamps)}
+    assert len(gaps) > 1
