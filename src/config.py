@@ -1,0 +1,474 @@
+"""Configs: composed by Hydra, checked before anything is built, saved with every run.
+
+Values live in ``conf/``; this module holds the types of what never swaps (the plumbing), turns nodes with a
+``_target_`` into objects, and gives every verb the same door.
+"""
+
+import contextlib
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import InstantiationException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+assert __package__ is not None
+PACKAGE: str = __package__
+_HERE = Path(__file__).parent
+# In a wheel conf/ and experiments/ lie inside the package, in a checkout beside it.
+_ROOT = _HERE if (_HERE / "conf").is_dir() else _HERE.parent
+CONF = _ROOT / "conf"
+EXPERIMENTS = _ROOT / "experiments"
+
+# What may differ when a run is taken up again: lengths, periods, machines; never what is learned.
+HARMLESS = (
+    "train.num_steps",
+    "train.log_every",
+    "train.preview_every",
+    "train.evaluate_every",
+    "train.save_every",
+    "train.keep_states",
+    "train.micro_batch_size",
+    "train.num_held_out",
+    "machine",
+    "logger",
+    "runs",
+    "name",
+)
+
+
+class ConfigError(ValueError):
+    """A config that can't be meant: an unknown key, a wrong type, a missing value."""
+
+
+# ---------------------------------------------------------------- the plumbing's schema
+
+
+@dataclass
+class TrainSettings:
+    """The ``train`` node: length, batch, periods. See ``training.loop.LoopSettings``."""
+
+    num_steps: int
+    batch_size: int
+    micro_batch_size: int | None
+    warmup_steps: int
+    decay: str
+    clip_norm: float
+    log_every: int
+    preview_every: int
+    evaluate_every: int
+    save_every: int
+    keep_states: int
+    num_held_out: int
+    num_statistics_clips: int
+
+
+@dataclass
+class MachineSettings:
+    """The ``machine`` node: what may change without changing what is learned."""
+
+    precision: str
+    num_workers: int
+    tf32: bool
+
+
+@dataclass
+class LoggerSettings:
+    """The ``logger`` node."""
+
+    tensorboard: bool
+
+
+@dataclass
+class EmaSettings:
+    """The ``ema`` node; a decay of null means no averaging."""
+
+    decay: float | None
+
+
+@dataclass
+class GuidanceSettings:
+    """The ``guidance`` node: ``uncond + scale (cond - uncond)``; 1 means off."""
+
+    scale: float
+
+
+@dataclass
+class PlanSettings:
+    """The ``plan`` node: how videos longer than the model's window are made."""
+
+    num_given: int
+
+
+@dataclass
+class TrainConfig:
+    """Top-level keys of ``python -m src.train``."""
+
+    name: str
+    runs: str
+    seed: int
+    train: TrainSettings
+    machine: MachineSettings
+    logger: LoggerSettings
+    ema: EmaSettings
+    dataset: Any
+    optimizer: Any
+    stage: Any
+    autoencoder: Any
+    perceptual: Any = None
+    discriminator: Any = None
+    unet: Any = None
+    noise_schedule: Any = None
+    prediction_type: Any = None
+    conditioning: Any = None
+    class_conditional: Any = None
+    sampler: Any = None
+    latents: Any = None
+
+
+@dataclass
+class SampleConfig:
+    """Top-level keys of ``python -m src.sample``."""
+
+    model: str
+    output: str | None
+    num_samples: int
+    first_seed: int
+    batch_size: int
+    num_frames: int | None
+    labels: Any
+    noise_level: int
+    machine: MachineSettings
+    guidance: GuidanceSettings
+    plan: PlanSettings
+    sampler: Any
+
+
+@dataclass
+class EvaluateConfig:
+    """Top-level keys of ``python -m src.evaluate``."""
+
+    model: str | None
+    samples: str | None
+    output: str | None
+    first_seed: int
+    batch_size: int
+    noise_level: int
+    compare_untrained: bool
+    i3d: str | None
+    seed: int
+    machine: MachineSettings
+    guidance: GuidanceSettings
+    sampler: Any
+    dataset: Any
+    protocol: Any
+
+
+@dataclass
+class EncodeConfig:
+    """Top-level keys of ``python -m src.encode``."""
+
+    model: str
+    output: str
+    clips_per_video: int
+    batch_size: int
+    seed: int
+    machine: MachineSettings
+    dataset: Any
+
+
+@dataclass
+class PrepareConfig:
+    """Top-level keys of ``python -m src.prepare``."""
+
+    weights: str | None
+    dataset: Any
+
+
+@dataclass
+class ReportConfig:
+    """Top-level keys of ``python -m src.report``."""
+
+    runs: list[str]
+    output: str
+    title: str
+
+
+# ---------------------------------------------------------------- the door of every verb
+
+
+class _ExperimentsOnSearchPath(SearchPathPlugin):
+    """Lets ``+sweep=…`` find ``experiments/`` from any working directory, installed or not."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append(provider=PACKAGE, path=f"file://{EXPERIMENTS}")
+
+
+def verb(config_name: str, schema: type) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Makes a command-line entry point of a function that takes a composed and checked config.
+
+    What a user can mend ends in one message on standard error and exit status 2, without a traceback;
+    ``HYDRA_FULL_ERROR=1`` shows the traceback.
+    """
+
+    def decorate(function: Callable[[DictConfig], None]) -> Callable[[], None]:
+        @functools.wraps(function)
+        def guarded(cfg: DictConfig) -> None:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                check(cfg, schema)
+                return function(cfg)
+            try:
+                check(cfg, schema)
+                function(cfg)
+            except KeyboardInterrupt:
+                print("\ninterrupted; the same command goes on from the last saved state", file=sys.stderr)
+                sys.exit(130)
+            except _mendable() as error:
+                print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+                sys.exit(2)
+
+        @functools.wraps(function)
+        def main() -> None:
+            if _ExperimentsOnSearchPath not in Plugins.instance().discover(SearchPathPlugin):
+                Plugins.instance().register(_ExperimentsOnSearchPath)
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+
+        return main
+
+    return decorate
+
+
+def _mendable() -> tuple[type[BaseException], ...]:
+    """Errors that name what the user can mend. Bugs (TypeError, AssertionError, …) keep their traceback."""
+    from .data.video import VideoError
+    from .training.loop import NonFiniteError
+
+    return (ValueError, OSError, ImportError, OmegaConfBaseException, VideoError, NonFiniteError)
+
+
+# ---------------------------------------------------------------- checking
+
+
+def check(cfg: DictConfig, schema: type) -> None:
+    """Refuses unknown keys, missing values and arguments that no constructor takes.
+
+    Raises:
+        ConfigError: naming the key, what it might have meant, and what exists.
+    """
+    known = {field.name: field for field in fields(schema)}
+    for key in cfg:
+        if key not in known:
+            raise ConfigError(_unknown(str(key), [*known, *_groups()], "key"))
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        hint = " Choose an experiment: +experiment=tiny, for example." if "name" in missing else ""
+        raise ConfigError(f"no value for {', '.join(missing)}.{hint}")
+    for name, field in known.items():
+        if name not in cfg:
+            continue
+        if is_dataclass(field.type):
+            typed(cfg, name, typing.cast(type, field.type))
+        else:
+            _check_nodes(cfg[name], name)
+            if not isinstance(cfg[name], (DictConfig, ListConfig)):
+                _check_type(field.type, cfg[name], name)
+
+
+def typed(cfg: DictConfig, name: str, schema: type) -> Any:
+    """A plumbing node as an instance of its dataclass.
+
+    Raises:
+        ConfigError: for an unknown or missing key or a value of another type.
+    """
+    node = cfg[name]
+    known = [field.name for field in fields(schema)]
+    for key in node:
+        if key not in known:
+            raise ConfigError(_unknown(f"{name}.{key}", [f"{name}.{other}" for other in known], "key"))
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {str(error).splitlines()[0]} (key {name}.{error.key})") from error
+
+
+def _check_nodes(node: Any, path: str) -> None:
+    if isinstance(node, ListConfig):
+        for i, child in enumerate(node):
+            _check_nodes(child, f"{path}[{i}]")
+    if not isinstance(node, DictConfig):
+        return
+    if "_target_" in node:
+        target = _locate(node["_target_"])
+        parameters = inspect.signature(target).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        for key in node:
+            if str(key).startswith("_"):
+                continue
+            if key not in parameters and not takes_any:
+                raise ConfigError(_unknown(f"{path}.{key}", [f"{path}.{p}" for p in parameters], "key"))
+            _check_type(hints.get(str(key)), node[key], f"{path}.{key}")
+    for key in node:
+        _check_nodes(node[key], f"{path}.{key}")
+
+
+def _check_type(hint: Any, value: Any, path: str) -> None:
+    """Refuses a plain value of another type than the constructor's annotation."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = [option for option in options if option in (int, float, str, bool, type(None))]
+    if len(plain) != len(options) or isinstance(value, (DictConfig, ListConfig)):
+        if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
+            raise ConfigError(f"{path}={value} is unknown; choose one of {', '.join(typing.get_args(hint))}")
+        return
+    for option in plain:
+        if isinstance(value, bool) and option is not bool:
+            continue
+        if isinstance(value, option) or (option is float and isinstance(value, int)):
+            return
+    names = " or ".join("null" if option is type(None) else option.__name__ for option in plain)
+    raise ConfigError(f"{path} must be {names}, got {value!r}")
+
+
+def _groups() -> list[str]:
+    return [path.name for path in CONF.iterdir() if path.is_dir() and path.name != "__pycache__"] + ["sweep"]
+
+
+def _unknown(key: str, known: list[str], what: str) -> str:
+    close = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    meant = f" Did you mean {' or '.join(close)}?" if close else f" Known: {', '.join(sorted(set(known)))}."
+    return f"unknown {what} {key!r}.{meant}"
+
+
+# ---------------------------------------------------------------- building
+
+
+def _absolute(target: str) -> str:
+    return f"{PACKAGE}{target}" if target.startswith(".") else target
+
+
+def _locate(target: str) -> Any:
+    module, _, name = _absolute(target).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"_target_ {target!r} can't be found: {error}") from error
+
+
+def build(node: DictConfig | dict[str, Any], /, trusted: bool = True, **extra: Any) -> Any:
+    """The object that a node with a ``_target_`` describes.
+
+    A target that begins with a dot is ours (``.models.unet.UNet3d``); another is the user's own class.
+
+    Args:
+        node: the config node; nested nodes with targets are built first.
+        trusted: False for a node that came with a model folder: then only this package's models,
+            schedules and masks are built.
+        extra: arguments that objects know and configs don't.
+
+    Raises:
+        ConfigError: for a target that isn't there, or isn't allowed.
+    """
+    plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
+    config = OmegaConf.create(_resolve_targets(plain, trusted))
+    try:
+        return hydra.utils.instantiate(config, **extra, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, Exception):
+            raise error.__cause__ from None
+        raise
+
+
+def _resolve_targets(node: Any, trusted: bool) -> Any:
+    if isinstance(node, list):
+        return [_resolve_targets(child, trusted) for child in node]
+    if not isinstance(node, dict):
+        return node
+    resolved = {key: _resolve_targets(value, trusted) for key, value in node.items()}
+    if "_target_" in resolved:
+        target = str(resolved["_target_"])
+        located = None if not trusted and not target.startswith((".models.", ".diffusion.")) else _locate(target)
+        ours = (f"{PACKAGE}.models.", f"{PACKAGE}.diffusion.")
+        if not trusted and not str(getattr(located, "__module__", "")).startswith(ours):
+            raise ConfigError(
+                f"the model folder asks to build {target!r}; only this package's own models and schedules "
+                "are built from a model folder"
+            )
+        resolved["_target_"] = _absolute(target)
+    return resolved
+
+
+# ---------------------------------------------------------------- saving and comparing
+
+
+def save_resolved(cfg: DictConfig, path: Path) -> None:
+    """Writes the config with all interpolations resolved, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    os.replace(temporary, path)
+
+
+def difference(old: Any, new: Any, path: str = "") -> list[str]:
+    """Lines ``key: old -> new`` for all that differs and isn't harmless."""
+    if path in HARMLESS:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in sorted(old.keys() | new.keys()):
+            below = f"{path}.{key}" if path else str(key)
+            lines += difference(old.get(key, "(none)"), new.get(key, "(none)"), below)
+        return lines
+    return [] if old == new else [f"  {path}: {old} -> {new}"]
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    """Where a run lives: ``runs/name``; in a multirun with the cell's own overrides behind the name.
+
+    Two cells of a multirun thereby never share a folder, whatever they vary.
+    """
+    name = str(cfg.name)
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        overrides = [str(override).lstrip("+") for override in HydraConfig.get().overrides.task]
+        named = any(override.startswith("name=") for override in overrides)
+        skip = ("name=",) if named else ("experiment=", "sweep=")
+        suffix = ",".join(override for override in overrides if not override.startswith((*skip, "runs=")))
+        if suffix:
+            name = f"{name}-{suffix.replace('/', '.')}"
+    return Path(cfg.runs) / name
+
+
+def claim_run_folder(cfg: DictConfig, folder: Path) -> None:
+    """Writes ``config.yaml`` into the run's folder, unless another run lives there.
+
+    Raises:
+        ConfigError: if the folder holds states or a model of a run with another config.
+    """
+    path = folder / "config.yaml"
+    if path.exists() and ((folder / "state").exists() or (folder / "model").exists()):
+        old = OmegaConf.to_container(OmegaConf.load(path))
+        lines = difference(old, OmegaConf.to_container(cfg, resolve=True))
+        if lines:
+            changes = "\n".join(lines)
+            raise ConfigError(
+                f"{folder} holds a run with another config (old -> new):\n{changes}\n"
+                f"Choose another folder with name=…, or remove {folder} to start anew"
+            )
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(parents=True)
+    save_resolved(cfg, path)

@@ -1,0 +1,361 @@
+"""Measure a model, or any folder of videos: ``python -m src.evaluate model=runs/ucf101/model dataset=ucf101``."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from .config import ConfigError, EvaluateConfig, GuidanceSettings, MachineSettings, build, typed, verb
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .metrics.features import FeatureExtractor
+    from .model_folder import DiffusionModel
+
+NUM_SHOWN = 8
+
+
+@dataclass
+class Summary:
+    """What is kept of a set of videos: features and plain statistics, never the videos themselves.
+
+    Args:
+        features: of the extractor, ``n d``; None without one.
+        pixels: small versions as vectors, ``n d``, for distances between videos.
+        contrast: mean over videos and frames.
+        motion: mean over videos and pairs of neighbouring frames.
+        shown: the first few videos, ``b c t h w``.
+    """
+
+    features: "Tensor | None"
+    pixels: "Tensor"
+    contrast: float
+    motion: float
+    shown: "Tensor"
+
+
+@verb("evaluate", EvaluateConfig)
+def main(cfg: DictConfig) -> None:
+    """Writes ``evaluation.json``: distances named by their protocol, plain statistics, reconstruction."""
+    import torch
+
+    from .data.sampler import held_out_batches
+    from .metrics.features import I3D_RESIZE, i3d_features
+    from .metrics.frechet import GaussianStatistics, frechet_distance
+    from .metrics.i3d import load_i3d
+    from .metrics.kernel import kernel_distance
+    from .metrics.protocol import Protocol
+    from .metrics.video_statistics import mean_pairwise_distance, nearest
+    from .model_folder import load_diffusion
+    from .training.device import pick_device
+
+    if (cfg.model is None) == (cfg.samples is None):
+        raise ConfigError("give either model=FOLDER (videos are sampled) or samples=FOLDER (of videos)")
+    typed(cfg, "machine", MachineSettings)
+    scale = typed(cfg, "guidance", GuidanceSettings).scale
+    device = pick_device()
+    model = None if cfg.model is None else load_diffusion(cfg.model).to(device)
+    if cfg.samples is not None and not Path(cfg.samples).is_dir():
+        raise FileNotFoundError(f"no folder of videos at samples={cfg.samples}")
+
+    extractor: FeatureExtractor | None = None
+    if cfg.protocol.features == "i3d":
+        network = load_i3d(cfg.i3d).to(device)
+        extractor = lambda video: i3d_features(network, video)  # noqa: E731
+    elif cfg.protocol.features is not None:
+        raise ConfigError(f"protocol.features={cfg.protocol.features} is unknown; choose i3d or null")
+
+    node = clip_geometry(cfg.dataset, model)
+    training = build(node, split=cfg.protocol.split, seed=cfg.seed)
+    notes = [] if model is None else differences(training, model)
+    num_real = min(cfg.protocol.num_real, len(training))
+    if num_real < cfg.protocol.num_real:
+        notes.append(f"only {num_real} real videos, fewer than the protocol's {cfg.protocol.num_real}")
+
+    real = summarize(_real_clips(training, num_real, cfg.batch_size, device), num_real, extractor, "real")
+    if model is not None:
+        num_generated = cfg.protocol.num_generated
+        clips = _generated(cfg, model, num_generated, scale)
+        output = Path(cfg.output) if cfg.output else Path(cfg.model).parent / "evaluation.json"
+    else:
+        given = build(samples_node(node, cfg.samples), split="all", seed=cfg.seed)
+        num_generated = min(cfg.protocol.num_generated, len(given))
+        if num_generated < cfg.protocol.num_generated:
+            notes.append(f"only {num_generated} videos in {cfg.samples}")
+        clips = (
+            batch.video
+            for batch in held_out_batches(given, batch_size=cfg.batch_size, num_clips=num_generated, device=device)
+        )
+        output = Path(cfg.output) if cfg.output else Path(cfg.samples) / "evaluation.json"
+    generated = summarize(clips, num_generated, extractor, "generated")
+
+    protocol = Protocol(
+        features=cfg.protocol.features or "none",
+        num_real=num_real,
+        num_generated=num_generated,
+        num_frames=training.num_frames,
+        frame_stride=training.frame_stride,
+        resolution=training.resolution,
+        resize=I3D_RESIZE,
+        dataset=training.name,
+        split=cfg.protocol.split,
+        clip_choice="one random clip of each video",
+        seed=cfg.seed,
+    )
+    metrics: dict[str, float] = {}
+
+    def distances(other: Summary, suffix: str) -> None:
+        if real.features is None or other.features is None:
+            return
+        dim = real.features.shape[1]
+        a, b = (GaussianStatistics(dim).update(s.features) for s in (real, other))
+        metrics[protocol.name("frechet_distance") + suffix] = frechet_distance(a, b)
+        metrics[protocol.name("kernel_distance") + suffix] = kernel_distance(real.features, other.features)
+
+    distances(generated, "")
+    if model is not None and cfg.compare_untrained:
+        untrained = load_diffusion(cfg.model, trained=False).to(device)
+        summary = summarize(
+            _generated(cfg, untrained, num_generated, scale), num_generated, extractor, "untrained"
+        )
+        distances(summary, "_untrained")
+        metrics["contrast_ratio_untrained"] = summary.contrast / real.contrast
+        metrics["motion_ratio_untrained"] = summary.motion / real.motion
+
+    pairwise = mean_pairwise_distance(real.pixels)
+    candidates = _training_pixels(training, cfg.batch_size, device)
+    closest = nearest(generated.pixels, [candidates])
+    held_out = build(node, split="test", seed=cfg.seed)
+    held_out_pixels = torch.cat(
+        [
+            _pixels(batch.video)
+            for batch in held_out_batches(held_out, batch_size=cfg.batch_size, num_clips=64, device=device)
+        ]
+    )
+    metrics |= {
+        "contrast_real": real.contrast,
+        "contrast_generated": generated.contrast,
+        "contrast_ratio": generated.contrast / real.contrast,
+        "motion_real": real.motion,
+        "motion_generated": generated.motion,
+        "motion_ratio": generated.motion / real.motion,
+        "pairwise_distance_real": pairwise,
+        "pairwise_distance_generated": mean_pairwise_distance(generated.pixels),
+        "pairwise_distance_ratio": mean_pairwise_distance(generated.pixels) / pairwise,
+        "nearest_training_clip": float(closest.distances[:, 0].mean()),
+        "nearest_training_clip_of_held_out": float(nearest(held_out_pixels, [candidates]).distances[:, 0].mean()),
+    }
+    if model is not None:
+        metrics |= _reconstruction(model, held_out, cfg.batch_size, device)
+
+    indices = closest.indices[:NUM_SHOWN, 0].tolist()
+    shown = {
+        "real": real.shown,
+        "generated": generated.shown,
+        "nearest": _clips_at(training, indices, device),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    videos = _write_videos(output.parent, shown, training.fps)
+    record = {
+        "metrics": metrics,
+        "protocol": protocol.to_dict() | {"sentence": protocol.sentence()},
+        "dataset_fingerprint": training.fingerprint,
+        "model_step": None if model is None else model.step,
+        "guidance_scale": scale,
+        "videos": videos,
+        "notes": notes,
+    }
+    temporary = output.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1))
+    os.replace(temporary, output)
+    print(protocol.sentence())
+    for note in notes:
+        print(f"note: {note}")
+    for name, value in metrics.items():
+        print(f"  {name:45} {value:.4g}")
+    print(f"written to {output}")
+
+
+def clip_geometry(dataset: DictConfig, model: "DiffusionModel | None") -> dict[str, Any]:
+    """The dataset node, with what it leaves open (null) as in the model's training."""
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.to_container(dataset, resolve=True)
+    assert isinstance(node, dict)
+    facts = ("num_frames", "frame_stride", "resolution")
+    for fact in facts:
+        if node.get(fact) is None:
+            if model is None:
+                raise ConfigError(f"dataset.{fact} must be given, as there is no model to take it from")
+            value = getattr(model.data, fact)
+            node[fact] = list(value) if fact == "resolution" else value
+    return {str(key): value for key, value in node.items()}
+
+
+def samples_node(node: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A folder of videos that were made before, read with the geometry of the real ones.
+
+    The stride is that of sampling: made videos are taken frame by frame.
+    """
+    return FOLDER_OF_SAMPLES | {
+        "root": folder,
+        "num_frames": node["num_frames"],
+        "resolution": node["resolution"],
+    }
+
+
+def differences(dataset: Any, model: "DiffusionModel") -> list[str]:
+    """What of the data differs from the model's training, in words."""
+    pairs = {
+        "data set": (model.data.name, dataset.name),
+        "content": (model.data.fingerprint, dataset.fingerprint),
+        "frames": (model.data.num_frames, dataset.num_frames),
+        "stride": (model.data.frame_stride, dataset.frame_stride),
+        "resolution": (list(model.data.resolution), list(dataset.resolution)),
+    }
+    return [
+        f"{what} differs from the model's training: {trained} there, {here} here"
+        for what, (trained, here) in pairs.items()
+        if trained != here
+    ]
+
+
+def summarize(
+    videos: "Iterator[Tensor]", count: int, extractor: "FeatureExtractor | None", title: str
+) -> Summary:
+    """Features and statistics of a stream of videos."""
+    import torch
+    from tqdm import tqdm
+
+    from .metrics.video_statistics import contrast, motion_energy
+
+    features, pixels, shown = [], [], []
+    sums = [0.0, 0.0]
+    with tqdm(total=count, unit="video", desc=title) as bar:
+        for video in videos:
+            if extractor is not None:
+                features.append(extractor(video).cpu())
+            pixels.append(_pixels(video))
+            sums[0] += float(contrast(video).mean(1).sum())
+            sums[1] += float(motion_energy(video).mean(1).sum())
+            if sum(len(part) for part in shown) < NUM_SHOWN:
+                shown.append(video.cpu())
+            bar.update(len(video))
+    number = sum(len(part) for part in pixels)
+    return Summary(
+        features=torch.cat(features) if features else None,
+        pixels=torch.cat(pixels),
+        contrast=sums[0] / number,
+        motion=sums[1] / number,
+        shown=torch.cat(shown)[:NUM_SHOWN],
+    )
+
+
+def _pixels(video: "Tensor") -> "Tensor":
+    from .metrics.video_statistics import pixel_features
+
+    return pixel_features(video).cpu()
+
+
+def _real_clips(dataset: Any, count: int, batch_size: int, device: "torch.device") -> "Iterator[Tensor]":
+    """One random clip of each of ``count`` videos."""
+    from .data.sampler import Batch, PositionSampler, batches
+
+    sampler = PositionSampler(
+        global_batch_size=batch_size, micro_batch_size=batch_size, num_steps=-(-count // batch_size)
+    )
+    left = count
+    for batch in batches(dataset, sampler, num_workers=0, device=device):
+        assert isinstance(batch, Batch)
+        yield batch.video[:left]
+        left -= len(batch.video)
+
+
+def _generated(cfg: DictConfig, model: "DiffusionModel", count: int, scale: float) -> "Iterator[Tensor]":
+    """Samples of consecutive seeds, rounded to 8 bits as a file would hold them."""
+    from .data.transforms import to_frames, to_video
+    from .sample import labels_of
+
+    generator = model.generator(build(cfg.sampler), guidance_scale=scale, noise_level=cfg.noise_level)
+    for start in range(0, count, cfg.batch_size):
+        seeds = [cfg.first_seed + i for i in range(start, min(start + cfg.batch_size, count))]
+        video = generator.decode(generator.sample_window(seeds, labels_of(model, seeds, None)))
+        yield to_video(to_frames(video.cpu())).to(generator.device)
+
+
+def _training_pixels(dataset: Any, batch_size: int, device: "torch.device") -> "Tensor":
+    """Small versions of one clip of each training video (2,048 at most)."""
+    import torch
+
+    count = min(len(dataset), 2048)
+    return torch.cat([_pixels(video) for video in _real_clips(dataset, count, batch_size, device)])
+
+
+def _clips_at(dataset: Any, positions: list[int], device: "torch.device") -> "Tensor":
+    from .data.sampler import collate, to_batch
+
+    batch = to_batch(collate([dataset[position] for position in positions]), device)
+    return batch.video.cpu()
+
+
+def _reconstruction(
+    model: "DiffusionModel", dataset: Any, batch_size: int, device: "torch.device"
+) -> dict[str, float]:
+    """How well held-out clips survive the autoencoder, and how well a still picture would do."""
+    import torch
+
+    from .data.sampler import held_out_batches
+    from .data.transforms import to_frames, to_video
+    from .metrics.reconstruction import psnr, ssim
+
+    scores: dict[str, list[Tensor]] = {}
+
+    def videos() -> Iterator[Tensor]:
+        for batch in held_out_batches(dataset, batch_size=batch_size, num_clips=256, device=device):
+            yield batch.video
+
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for video in videos():
+        total = total + video.double().cpu().mean(2).sum(0)
+        count += len(video)
+    mean_frame = (total / count).float()[None, :, None].to(device)
+    with torch.no_grad():
+        for video in videos():
+            latents = model.autoencoder.encode(video).mean
+            decoded = model.autoencoder.decode(latents).clamp(-1, 1)
+            rounded = to_video(to_frames(decoded.cpu())).to(device)
+            row = {
+                "reconstruction_psnr": psnr(rounded, video),
+                "reconstruction_ssim": ssim(rounded, video),
+                "mean_frame_psnr": psnr(mean_frame.expand_as(video), video),
+                "still_frame_psnr": psnr(video.mean(2, keepdim=True).expand_as(video), video),
+            }
+            for name, values in row.items():
+                scores.setdefault(name, []).append(values.cpu())
+    return {name: float(torch.cat(values).mean()) for name, values in scores.items()}
+
+
+def _write_videos(folder: Path, sets: "dict[str, Tensor]", fps: float) -> dict[str, list[str]]:
+    """Writes mp4 files under ``evaluation/`` and gives their names relative to the folder."""
+    from .data.transforms import to_frames
+    from .data.video import write_video
+
+    names: dict[str, list[str]] = {}
+    (folder / "evaluation").mkdir(exist_ok=True)
+    for title, videos in sets.items():
+        names[title] = []
+        for i, frames in enumerate(to_frames(videos)):
+            name = f"evaluation/{title}_{i:02d}.mp4"
+            write_video(folder / name, frames, fps)
+            names[title].append(name)
+    return names
+
+
+if __name__ == "__main__":
+    main()

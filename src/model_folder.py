@@ -1,0 +1,271 @@
+"""Model folders: what people share. ``config.yaml`` + ``weights.safetensors``, and nothing that runs.
+
+A diffusion model's folder is self-contained: its autoencoder lies in the sub-folder ``autoencoder/``.
+Equal weights give equal bytes: no date, host or path is stored beside them.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .config import build
+from .diffusion.conditioning import FrameMasking
+from .diffusion.parameterization import Parameterization
+from .diffusion.samplers import Sampler
+from .generation import VideoGenerator
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """The data that a model was trained on: facts for whoever uses or measures the model.
+
+    Args:
+        name: of the data set.
+        fingerprint: of its content.
+        num_frames: of a training clip.
+        frame_stride: between the clip's frames, in frames of the file.
+        resolution: height and width.
+        fps: of the clip, after the stride.
+        classes: names of classes, in the order of labels.
+    """
+
+    name: str
+    fingerprint: str
+    num_frames: int
+    frame_stride: int
+    resolution: list[int]
+    fps: float
+    classes: list[str]
+
+
+@dataclass
+class DiffusionModel:
+    """A latent diffusion model as loaded from its folder, frozen.
+
+    Args:
+        unet: the denoising network.
+        autoencoder: of its latents.
+        parameterization: schedule and prediction type.
+        masking: which frames were given in training.
+        class_conditional: whether classes were told in training.
+        window: latent shape ``(c, t, h, w)`` of a training clip.
+        data: what it was trained on.
+        step: optimizer steps.
+    """
+
+    unet: nn.Module
+    autoencoder: nn.Module
+    parameterization: Parameterization
+    masking: FrameMasking
+    class_conditional: bool
+    window: tuple[int, int, int, int]
+    data: DataRecord
+    step: int
+
+    def to(self, device: torch.device) -> "DiffusionModel":
+        """The same model on a device."""
+        self.unet.to(device)
+        self.autoencoder.to(device)
+        return replace(self, parameterization=self.parameterization.to(device))
+
+    def generator(self, sampler: Sampler, *, guidance_scale: float, noise_level: int) -> VideoGenerator:
+        """What makes videos with this model."""
+        return VideoGenerator(
+            autoencoder=self.autoencoder,
+            unet=self.unet,
+            parameterization=self.parameterization,
+            sampler=sampler,
+            guidance_scale=guidance_scale,
+            window=self.window,
+            gives_frames=self.masking.gives_frames,
+            has_labels=self.class_conditional,
+            max_noise_level=self.masking.max_noise_level if self.masking.gives_frames else 0,
+            noise_level=noise_level,
+        )
+
+
+def save_autoencoder(
+    folder: Path, autoencoder: nn.Module, *, node: dict[str, Any], data: DataRecord, step: int
+) -> None:
+    """Writes an autoencoder's folder, replacing an older one only once the new one is complete."""
+    with _replaced(folder) as temporary:
+        _write(temporary, autoencoder, {"kind": "autoencoder", "autoencoder": node, "data": asdict(data), "step": step})
+
+
+def save_diffusion(
+    folder: Path,
+    unet: nn.Module,
+    *,
+    autoencoder: nn.Module,
+    autoencoder_node: dict[str, Any],
+    config: dict[str, Any],
+    data: DataRecord,
+    step: int,
+) -> None:
+    """Writes a diffusion model's folder with its autoencoder's inside."""
+    with _replaced(folder) as temporary:
+        inside = temporary / "autoencoder"
+        inside.mkdir()
+        record = {"kind": "autoencoder", "autoencoder": autoencoder_node, "data": asdict(data), "step": 0}
+        if "folder" in autoencoder_node:  # a trained one brings its own record
+            record = {k: v for k, v in _autoencoder_config(autoencoder_node["folder"])[1].items() if k != "format"}
+        _write(inside, autoencoder, record)
+        _write(
+            temporary,
+            unet,
+            {
+                "kind": "diffusion",
+                **config,
+                "autoencoder_sha256": fingerprint(inside),
+                "data": asdict(data),
+                "step": step,
+            },
+        )
+
+
+def _autoencoder_config(folder: str) -> tuple[Path, dict[str, Any]]:
+    """Where an autoencoder's weights are, and its config; a diffusion model's folder holds one, too."""
+    path = Path(folder)
+    config = read_config(path, remedy="python -m src.train +experiment=…_autoencoder")
+    if config["kind"] == "diffusion":
+        path = path / "autoencoder"
+        config = read_config(path, remedy="")
+    return path, config
+
+
+def load_autoencoder(folder: str) -> nn.Module:
+    """The frozen autoencoder of a model folder, or the one inside a diffusion model's folder.
+
+    Raises:
+        FileNotFoundError: if there is no model folder; the message says how one is made.
+        ValueError: if the folder isn't an autoencoder's, or its weights don't fit.
+    """
+    path, config = _autoencoder_config(folder)
+    autoencoder = build(config["autoencoder"], trusted=False)
+    _fill(autoencoder, path)
+    return autoencoder.requires_grad_(False).eval()
+
+
+def load_diffusion(folder: str, trained: bool = True) -> DiffusionModel:
+    """A latent diffusion model of its folder.
+
+    Args:
+        folder: written by ``python -m src.train`` or ``src.convert``.
+        trained: False leaves the network at its initial weights, to compare against.
+
+    Raises:
+        FileNotFoundError: if there is no model folder.
+        ValueError: if it is another kind of folder, was damaged, or its weights don't fit.
+    """
+    path = Path(folder)
+    config = read_config(path, remedy="python -m src.train +experiment=…")
+    if config["kind"] != "diffusion":
+        raise ValueError(
+            f"{folder} holds an {config['kind']}, expected a diffusion model; train one with "
+            f"python -m src.train +experiment=… autoencoder.folder={folder}"
+        )
+    if fingerprint(path / "autoencoder") != config["autoencoder_sha256"]:
+        raise ValueError(
+            f"the autoencoder inside {folder} isn't the one that the model was trained with "
+            f"(expected sha256 {config['autoencoder_sha256'][:12]}…); copy the whole model folder again"
+        )
+    unet = build(config["unet"], trusted=False)
+    if trained:
+        _fill(unet, path)
+    return DiffusionModel(
+        unet=unet.requires_grad_(False).eval(),
+        autoencoder=load_autoencoder(str(path / "autoencoder")),
+        parameterization=Parameterization(
+            build(config["noise_schedule"], trusted=False), config["prediction_type"]
+        ),
+        masking=masking_of(config["conditioning"], trusted=False),
+        class_conditional=config["class_conditional"],
+        window=tuple(config["window"]),
+        data=DataRecord(**config["data"]),
+        step=config["step"],
+    )
+
+
+def masking_of(node: dict[str, Any], trusted: bool = True) -> FrameMasking:
+    """The frame masking of a ``conditioning`` node."""
+    return build({**node, "num_given": list(node["num_given"])}, trusted=trusted)
+
+
+def read_config(folder: Path, remedy: str) -> dict[str, Any]:
+    """The config of a model folder.
+
+    Raises:
+        FileNotFoundError: if there is none; the message names the remedy.
+        ValueError: if it is of another format.
+    """
+    path = folder / "config.yaml"
+    if not (path.is_file() and (folder / "weights.safetensors").is_file()):
+        if not folder.exists():
+            found = "nothing there"
+        else:
+            found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "an empty folder"
+        hint = f" Train one first:\n    {remedy}\nor give the folder of another" if remedy else ""
+        raise FileNotFoundError(
+            f"no model at {folder}: expected config.yaml and weights.safetensors, found {found}.{hint}"
+        )
+    config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{path} isn't the config of a model folder of format {FORMAT}")
+    return {str(key): value for key, value in config.items()}
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of the weights in a model folder."""
+    with (folder / "weights.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``folder`` when the block ends well."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
+    weights = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    save_file(weights, folder / "weights.safetensors")
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **config})))
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _fill(module: nn.Module, folder: Path) -> None:
+    weights = load_file(folder / "weights.safetensors")
+    expected = module.state_dict()
+    wrong = sorted(weights.keys() ^ expected.keys())
+    wrong += [name for name in weights.keys() & expected.keys() if weights[name].shape != expected[name].shape]
+    if wrong:
+        raise ValueError(f"the weights in {folder} don't fit its config.yaml; first differences: {wrong[:5]}")
+    with torch.no_grad():
+        module.load_state_dict(weights)

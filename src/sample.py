@@ -1,0 +1,132 @@
+"""Make videos with a trained model: ``python -m src.sample model=runs/ucf101/model``."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from .config import ConfigError, GuidanceSettings, MachineSettings, PlanSettings, SampleConfig, build, typed, verb
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .generation import VideoGenerator
+    from .model_folder import DiffusionModel
+
+
+@verb("sample", SampleConfig)
+def main(cfg: DictConfig) -> None:
+    """Writes one mp4 a sample, a contact sheet, and a list of seeds and classes."""
+    from contextlib import ExitStack
+
+    import torch.distributed
+    from accelerate import PartialState
+    from tqdm import tqdm
+
+    from .data.transforms import to_frames
+    from .data.video import VideoWriter
+    from .model_folder import load_diffusion
+    from .training.device import pick_device
+
+    typed(cfg, "machine", MachineSettings)
+    scale = typed(cfg, "guidance", GuidanceSettings).scale
+    num_given = typed(cfg, "plan", PlanSettings).num_given
+    if cfg.num_samples < 1 or cfg.batch_size < 1:
+        raise ConfigError(f"num_samples and batch_size must be at least 1, got {cfg.num_samples}, {cfg.batch_size}")
+    processes = PartialState() if "WORLD_SIZE" in os.environ else None
+    rank = 0 if processes is None else processes.process_index
+    world_size = 1 if processes is None else processes.num_processes
+
+    model = load_diffusion(cfg.model).to(pick_device())
+    generator = model.generator(build(cfg.sampler), guidance_scale=scale, noise_level=cfg.noise_level)
+    num_frames = cfg.num_frames or model.data.num_frames
+    folder = Path(cfg.output) if cfg.output else Path(cfg.model).parent / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    seeds = [cfg.first_seed + i for i in range(cfg.num_samples)]
+    mine = seeds[rank::world_size]
+    names = {seed: folder / f"sample_{seed:06d}.mp4" for seed in seeds}
+    with tqdm(total=len(mine) * num_frames, unit="frame", desc="sampling", disable=rank > 0) as bar:
+        for start in range(0, len(mine), cfg.batch_size):
+            batch = mine[start : start + cfg.batch_size]
+            labels = labels_of(model, batch, cfg.labels)
+            with ExitStack() as files:
+                writers = [files.enter_context(VideoWriter(names[seed], model.data.fps)) for seed in batch]
+                for video in videos(generator, batch, labels, num_frames, num_given):
+                    for writer, frames in zip(writers, to_frames(video.cpu()), strict=True):
+                        writer.write(frames)
+                    bar.update(video.shape[0] * video.shape[2])
+    if processes is not None:
+        processes.wait_for_everyone()
+    if rank == 0:
+        _describe(cfg, model, folder, [names[seed] for seed in seeds], seeds, num_frames)
+        print(f"{len(seeds)} videos of {num_frames} frames: {folder}")
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def videos(
+    generator: "VideoGenerator", seeds: Sequence[int], labels: "Tensor | None", num_frames: int, num_given: int
+) -> Iterator["Tensor"]:
+    """Pieces of videos ``b c t h w``, one whole piece if they are no longer than the model's window."""
+    window = generator.window[1] * generator.autoencoder.downsample[0]
+    if num_frames <= window:
+        yield generator.decode(generator.sample_window(seeds, labels))[:, :, :num_frames]
+    else:
+        yield from generator.long_video(seeds, labels, num_frames, num_given)
+
+
+def labels_of(model: "DiffusionModel", seeds: Sequence[int], choice: Any) -> "Tensor | None":
+    """Classes of samples: in turn by seed, or all the one that is chosen.
+
+    Raises:
+        ConfigError: if there is no such class, or the model knows none.
+    """
+    import torch
+
+    classes = model.data.classes
+    if not model.class_conditional:
+        if choice is not None:
+            raise ConfigError(f"labels={choice}: this model was trained without classes (class_conditional=false)")
+        return None
+    if choice is None:
+        return torch.tensor([seed % len(classes) for seed in seeds])
+    if isinstance(choice, str) and choice in classes:
+        choice = classes.index(choice)
+    if not isinstance(choice, int) or not 0 <= choice < len(classes):
+        named = ", ".join(f"{i} {name}" for i, name in enumerate(classes))
+        raise ConfigError(f"labels={choice} is no class of this model; classes: {named}")
+    return torch.full((len(seeds),), choice)
+
+
+def _describe(
+    cfg: DictConfig, model: "DiffusionModel", folder: Path, paths: list[Path], seeds: list[int], num_frames: int
+) -> None:
+    """Writes ``samples.json`` and ``contact_sheet.png``."""
+    from .data.video import contact_sheet, read_clip
+
+    labels = labels_of(model, seeds, cfg.labels)
+    entries = [
+        {"file": path.name, "seed": seed}
+        | ({} if labels is None else {"class": model.data.classes[int(labels[i])]})
+        for i, (path, seed) in enumerate(zip(paths, seeds, strict=True))
+    ]
+    description = {
+        "model": str(cfg.model),
+        "step": model.step,
+        "num_frames": num_frames,
+        "fps": model.data.fps,
+        "guidance_scale": cfg.guidance.scale,
+        "samples": entries,
+    }
+    (folder / "samples.json").write_text(json.dumps(description, indent=1))
+    stride = max(1, num_frames // 16)
+    shown = [read_clip(path, 0, min(num_frames // stride, 16), stride) for path in paths[:12]]
+    (folder / "contact_sheet.png").write_bytes(contact_sheet(shown, num_columns=len(shown[0])))
+
+
+if __name__ == "__main__":
+    main()

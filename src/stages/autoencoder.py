@@ -1,0 +1,180 @@
+"""Learning the video autoencoder: pixels, perception, an adversary (LVDM, section 3.2)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..data.sampler import Batch, LatentBatch, randn_per_clip
+from ..metrics.reconstruction import psnr, ssim
+from .stage import Modules, Update
+
+
+class AutoencoderStage:
+    """Reconstruction of clips through a low-dimensional 3D latent space.
+
+    The loss of a clip is the mean pixel error, plus weighted perceptual distance (LPIPS), plus a
+    weighted adversarial term, plus the weighted Kullback-Leibler divergence of the posterior (mean over
+    latent elements). The adversarial weight is multiplied by the ratio of gradient norms at the
+    decoder's last layer (Esser et al. 2021, eq. 7), measured in the previous step over the whole global
+    batch, so that splitting a batch over processes or micro-batches changes rounding only.
+
+    Args:
+        autoencoder: an ``Autoencoder3d``.
+        discriminator: maps frames ``b c t h w`` to patch logits, or None for no adversary.
+        perceptual: maps two batches of images ``n c h w`` to distances ``n``, frozen; or None.
+        pixel_loss: ``mse`` (the paper) or ``l1`` (the released code).
+        perceptual_weight: weight of the perceptual distance.
+        adversarial_weight: weight of the adversarial term, before the adaptive factor.
+        adversarial_start: step from which the adversary takes part.
+        kl_weight: weight of the divergence.
+        seed: of the posterior's samples.
+        mean_over_processes: averages a tensor over processes.
+
+    Raises:
+        ValueError: for an unknown pixel loss.
+    """
+
+    exported = "autoencoder"
+
+    def __init__(
+        self,
+        autoencoder: nn.Module,
+        *,
+        discriminator: nn.Module | None,
+        perceptual: nn.Module | None,
+        pixel_loss: Literal["mse", "l1"],
+        perceptual_weight: float,
+        adversarial_weight: float,
+        adversarial_start: int,
+        kl_weight: float,
+        seed: int,
+        mean_over_processes: Callable[[Tensor], Tensor],
+    ) -> None:
+        if pixel_loss not in ("mse", "l1"):
+            raise ValueError(f"unknown pixel_loss {pixel_loss!r}; choose mse or l1")
+        self.modules: dict[str, nn.Module] = {"autoencoder": autoencoder}
+        self.discriminator = discriminator
+        if discriminator is not None:
+            self.modules["discriminator"] = discriminator
+        self.perceptual = perceptual
+        self.pixel_error = F.mse_loss if pixel_loss == "mse" else F.l1_loss
+        self.perceptual_weight = perceptual_weight
+        self.adversarial_weight = adversarial_weight
+        self.adversarial_start = adversarial_start
+        self.kl_weight = kl_weight
+        self.seed = seed
+        self.mean_over_processes = mean_over_processes
+        self._step_of_sums: int | None = None
+        self.running: dict[str, Tensor] = {}
+        if discriminator is not None:
+            last = autoencoder.last_layer
+            self.running = {
+                "adaptive_weight": torch.zeros(()),
+                "reconstruction_gradient": torch.zeros(last.shape),
+                "adversarial_gradient": torch.zeros(last.shape),
+                "step": torch.full((), -1, dtype=torch.int64),
+            }
+
+    def updates(self, modules: Modules, batch: Batch | LatentBatch, step: int) -> Iterator[Update]:
+        """The autoencoder's loss and then, computed after its optimizer has stepped, the adversary's."""
+        assert isinstance(batch, Batch)
+        video = batch.video
+        adversarial = self.discriminator is not None and step >= self.adversarial_start
+        bare = self.modules["autoencoder"]
+        noise = randn_per_clip(
+            bare.latent_shape(*video.shape[2:]), self.seed, batch.positions, "posterior", video.device
+        )
+        reconstruction, posterior = modules["autoencoder"](video, noise)
+
+        pixel = self.pixel_error(reconstruction, video)
+        loss = pixel
+        metrics = {"pixel": pixel.detach()}
+        if self.perceptual is not None:
+            perceptual = self.perceptual(
+                rearrange(reconstruction, "b c t h w -> (b t) c h w"), rearrange(video, "b c t h w -> (b t) c h w")
+            ).mean()
+            loss = loss + self.perceptual_weight * perceptual
+            metrics["perceptual"] = perceptual.detach()
+        if adversarial:
+            assert self.discriminator is not None
+            self.discriminator.requires_grad_(False)
+            opinion = -self.discriminator(reconstruction).mean()
+            self.discriminator.requires_grad_(True)
+            weight = self._adaptive_weight(loss, opinion, bare.last_layer, step)
+            metrics["adversarial"], metrics["adaptive_weight"] = opinion.detach(), weight
+            loss = loss + self.adversarial_weight * weight * opinion
+        kl = posterior.kl().mean() / noise[0].numel()
+        metrics["kl"] = kl.detach()
+        yield Update("autoencoder", loss + self.kl_weight * kl, metrics)
+
+        if adversarial:
+            pair = torch.cat([video, reconstruction.detach()])
+            real, fake = modules["discriminator"](pair).chunk(2)
+            hinge = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+            yield Update("discriminator", hinge, {"real": real.detach().mean(), "fake": fake.detach().mean()})
+
+    def _adaptive_weight(self, reconstruction: Tensor, opinion: Tensor, last_layer: Tensor, step: int) -> Tensor:
+        """The weight from the previous step's gradients; adds this micro-batch's to the running sums."""
+        running = self.running = {name: value.to(last_layer.device) for name, value in self.running.items()}
+        if self._step_of_sums is None:  # just built, or just resumed
+            self._step_of_sums = int(running["step"])
+        if self._step_of_sums != step:
+            sums = torch.stack([running["reconstruction_gradient"], running["adversarial_gradient"]])
+            if self._step_of_sums >= 0:
+                norms = self.mean_over_processes(sums).flatten(1).norm(dim=1)
+                running["adaptive_weight"] = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4)
+            running["reconstruction_gradient"] = torch.zeros_like(sums[0])
+            running["adversarial_gradient"] = torch.zeros_like(sums[1])
+            running["step"] = torch.full_like(running["step"], step)
+            self._step_of_sums = step
+        (first,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
+        (second,) = torch.autograd.grad(opinion, last_layer, retain_graph=True)
+        running["reconstruction_gradient"] += first.detach().float()
+        running["adversarial_gradient"] += second.detach().float()
+        return running["adaptive_weight"].clone()
+
+    @torch.no_grad()
+    def preview(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:
+        """Clips above their reconstructions."""
+        reconstruction = _reconstruct(modules["autoencoder"], batch.video)
+        return {"reconstruction": torch.cat([batch.video, reconstruction], dim=3)}
+
+    @torch.no_grad()
+    def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
+        """PSNR (dB) and SSIM of reconstructions of held-out clips."""
+        scores: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
+        for batch in batches:
+            reconstruction = _reconstruct(modules["autoencoder"], batch.video)
+            scores["psnr"].append(psnr(reconstruction, batch.video))
+            scores["ssim"].append(ssim(reconstruction, batch.video))
+        return {name: float(torch.cat(values).mean()) for name, values in scores.items()}
+
+    @torch.no_grad()
+    def finish(self, modules: Modules, batches: Iterable[Batch]) -> None:
+        """Measures mean and deviation of latent channels over posterior samples, and stores them."""
+        autoencoder = modules["autoencoder"]
+        total = square = torch.zeros((), dtype=torch.float64)
+        count = 0
+        for batch in batches:
+            posterior = autoencoder.encode(batch.video)
+            noise = randn_per_clip(
+                posterior.mean.shape[1:], self.seed, batch.positions, "latent statistics", batch.video.device
+            )
+            sample = rearrange(posterior.sample(noise).double(), "b c t h w -> c (b t h w)")
+            total = total + sample.sum(1).cpu()
+            square = square + sample.square().sum(1).cpu()
+            count += sample.shape[1]
+        if count == 0:
+            raise ValueError("no training clip to measure the latent statistics on")
+        mean = total / count
+        autoencoder.latent_mean.copy_(mean)
+        autoencoder.latent_std.copy_((square / count - mean.square()).clamp_min(1e-12).sqrt())
+
+
+def _reconstruct(autoencoder: nn.Module, video: Tensor) -> Tensor:
+    """Decoded posterior means, within the range of videos."""
+    return autoencoder.decode(autoencoder.encode(video).mean).clamp(-1.0, 1.0)

@@ -1,0 +1,155 @@
+"""Learning to denoise latents, with and without given frames (LVDM, sections 3.3 and 3.4)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..data.sampler import Batch, LatentBatch, clip_generator, rand_per_clip, randint_per_clip, randn_per_clip
+from ..diffusion.conditioning import Condition, FrameMasking, GivenFrames, denoiser_of
+from ..diffusion.parameterization import Parameterization
+from ..generation import VideoGenerator
+from .stage import Modules, Update
+
+
+class DiffusionStage:
+    """Denoising of latents of a frozen autoencoder.
+
+    A clip's loss is the mean error of the prediction over the latent frames that are not given; timestep,
+    noise, posterior sample, mask and perturbation are pure functions of the seed and the clip's position.
+
+    Args:
+        unet: predicts from ``(noisy_latents, timesteps, mask=, noise_level=, label=)``.
+        autoencoder: frozen; gives latents and their statistics.
+        parameterization: the schedule and what the network predicts.
+        masking: which frames are given in training, and how they are perturbed.
+        loss: ``l2`` (Ho et al. 2020, eq. 14) or ``l1`` (the released code).
+        has_labels: whether the network is told classes.
+        generator: makes a :class:`VideoGenerator` of a network, for previews.
+        seed: of all training noise.
+
+    Raises:
+        ValueError: for an unknown loss.
+    """
+
+    exported = "unet"
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        *,
+        autoencoder: nn.Module,
+        parameterization: Parameterization,
+        masking: FrameMasking,
+        loss: Literal["l2", "l1"],
+        has_labels: bool,
+        generator: Callable[[nn.Module], VideoGenerator],
+        seed: int,
+    ) -> None:
+        if loss not in ("l2", "l1"):
+            raise ValueError(f"unknown loss {loss!r}; choose l2 or l1")
+        self.modules: dict[str, nn.Module] = {"unet": unet}
+        self.running: dict[str, Tensor] = {}
+        self.autoencoder = autoencoder.requires_grad_(False).eval()
+        self.parameterization = parameterization
+        self.masking = masking
+        self.error: Callable[[Tensor], Tensor] = torch.square if loss == "l2" else torch.abs
+        self.has_labels = has_labels
+        self.generator = generator
+        self.seed = seed
+
+    @torch.no_grad()
+    def latents(self, batch: Batch | LatentBatch) -> Tensor:
+        """Normalised latents ``b c t h w``, a fresh sample of each clip's posterior."""
+        positions = batch.positions
+        if isinstance(batch, LatentBatch):
+            noise = randn_per_clip(batch.mean.shape[1:], self.seed, positions, "posterior", batch.mean.device)
+            return batch.mean + batch.std * noise
+        posterior = self.autoencoder.encode(batch.video)
+        noise = randn_per_clip(
+            posterior.mean.shape[1:], self.seed, positions, "posterior", posterior.mean.device
+        )
+        return self.autoencoder.normalize(posterior.sample(noise))
+
+    def _condition(self, latents: Tensor, batch: Batch | LatentBatch) -> Condition:
+        """Which frames are given, perturbed as conditional latent perturbation says, and which class."""
+        device, positions = latents.device, batch.positions
+        frames = label = None
+        if self.masking.gives_frames:
+            masks = [
+                self.masking.mask(latents.shape[2], clip_generator(self.seed, position, "mask"))
+                for position in positions.tolist()
+            ]
+            mask = torch.stack(masks).to(device)[:, None, :, None, None]
+            mask = mask.expand(-1, -1, -1, *latents.shape[3:])
+            level = torch.full((len(latents),), -1, dtype=torch.int64, device=device)
+            given = latents
+            if self.masking.max_noise_level > 0:
+                level = randint_per_clip(
+                    0, self.masking.max_noise_level, (), self.seed, positions, "noise level", device
+                )
+                noise = randn_per_clip(latents.shape[1:], self.seed, positions, "perturbation", device)
+                given = self.parameterization.add_noise(latents, noise, level)
+            frames = GivenFrames(given, mask, level)
+        if self.has_labels:
+            draw = rand_per_clip((), self.seed, positions, "class dropout", device)
+            label = torch.where(draw >= self.masking.class_dropout, batch.label.to(device), -1)
+        return Condition(frames, label)
+
+    def updates(self, modules: Modules, batch: Batch | LatentBatch, step: int) -> Iterator[Update]:
+        """The denoising loss of one micro-batch."""
+        latents = self.latents(batch)
+        timesteps = randint_per_clip(
+            0, self.parameterization.num_timesteps, (), self.seed, batch.positions, "timestep", latents.device
+        )
+        noise = randn_per_clip(latents.shape[1:], self.seed, batch.positions, "noise", latents.device)
+        loss = self._loss_per_clip(modules["unet"], latents, noise, timesteps, self._condition(latents, batch))
+        yield Update("unet", loss.mean(), {})
+
+    def _loss_per_clip(
+        self, unet: nn.Module, latents: Tensor, noise: Tensor, timesteps: Tensor, condition: Condition
+    ) -> Tensor:
+        """Mean error of each clip over its frames that are not given, shape ``b``."""
+        noisy = self.parameterization.add_noise(latents, noise, timesteps)
+        prediction = denoiser_of(unet)(noisy, timesteps, condition)
+        target = self.parameterization.target(latents, noise, timesteps)
+        error = self.error(prediction.float() - target).mean(dim=1, keepdim=True)
+        if condition.frames is None:
+            return error.flatten(1).mean(1)
+        free = 1.0 - condition.frames.mask
+        return (error * free).flatten(1).sum(1) / free.flatten(1).sum(1)
+
+    @torch.no_grad()
+    def preview(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:
+        """Samples of fixed seeds, so that pictures of different steps can be compared."""
+        generator = self.generator(modules["unet"])
+        labels = batch.label if self.has_labels else None
+        latents = generator.sample_window(range(len(batch.video)), labels)
+        return {"samples": generator.decode(latents)}
+
+    @torch.no_grad()
+    def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
+        """Denoising loss on held-out clips at four fixed times, with nothing given, and their mean."""
+        times = [int(self.parameterization.num_timesteps * part) for part in (0.125, 0.375, 0.625, 0.875)]
+        sums, count = torch.zeros(len(times), dtype=torch.float64), 0
+        for batch in batches:
+            latents = self.latents(batch)
+            condition = self._condition(latents, batch).dropped()
+            if self.has_labels:
+                condition = Condition(condition.frames, batch.label.to(latents.device))
+            for i, time in enumerate(times):
+                noise = randn_per_clip(
+                    latents.shape[1:], self.seed, batch.positions, f"evaluation {i}", latents.device
+                )
+                timesteps = torch.full((len(latents),), time, dtype=torch.int64, device=latents.device)
+                losses = self._loss_per_clip(modules["unet"], latents, noise, timesteps, condition)
+                sums[i] += losses.double().sum().cpu()
+            count += len(latents)
+        means = (sums / max(count, 1)).tolist()
+        return {"loss": sum(means) / len(means)} | {
+            f"loss_at_{time}": mean for time, mean in zip(times, means, strict=True)
+        }
+
+    def finish(self, modules: Modules, batches: Iterable[Batch]) -> None:
+        """Nothing remains: the autoencoder brought its latent statistics."""

@@ -1,0 +1,266 @@
+"""Train a stage: ``python -m src.train +experiment=ucf101``. The same command resumes."""
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from .config import (
+    ConfigError,
+    EmaSettings,
+    LoggerSettings,
+    MachineSettings,
+    TrainConfig,
+    TrainSettings,
+    build,
+    claim_run_folder,
+    run_folder,
+    typed,
+    verb,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from .data.clips import ClipDataset
+    from .model_folder import DataRecord
+    from .stages.stage import Stage
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    """The config as plain Python."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+@verb("train", TrainConfig)
+def main(cfg: DictConfig) -> None:
+    """Builds what the config names and hands it to the loop."""
+    import torch
+
+    from .data.sampler import Batch, LatentBatch, PositionSampler, batches, held_out_batches
+    from .training.device import make_accelerator
+    from .training.loop import LoopSettings, train
+
+    settings: TrainSettings = typed(cfg, "train", TrainSettings)
+    machine: MachineSettings = typed(cfg, "machine", MachineSettings)
+    logger: LoggerSettings = typed(cfg, "logger", LoggerSettings)
+    averages: EmaSettings = typed(cfg, "ema", EmaSettings)
+    folder = run_folder(cfg)
+
+    # Everything that can be wrong is found before the first step.
+    accelerator, micro_batch_size = make_accelerator(
+        precision=machine.precision,
+        tf32=machine.tf32,
+        batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch_size,
+    )
+    with accelerator.main_process_first():
+        dataset = build(cfg.dataset, split="train", seed=cfg.seed)
+        held_out = build(cfg.dataset, split="test", seed=cfg.seed)
+    accelerator.print(dataset.summary())
+    torch.manual_seed(cfg.seed)
+    stage, save_model = stage_of(cfg, dataset, accelerator)
+    if accelerator.is_main_process:
+        claim_run_folder(cfg, folder)
+    accelerator.wait_for_everyone()
+
+    source: Any = dataset
+    if cfg.get("latents") is not None:
+        from .encode import cached_latents
+
+        source = cached_latents(cfg.latents, cfg.autoencoder.folder, dataset, cfg.seed, accelerator)
+
+    def sampler(start_step: int, num_steps: int | None = None, everything: bool = False) -> PositionSampler:
+        return PositionSampler(
+            global_batch_size=settings.batch_size,
+            micro_batch_size=settings.batch_size if everything else micro_batch_size,
+            start_step=start_step,
+            num_steps=num_steps,
+            rank=0 if everything else accelerator.process_index,
+            world_size=1 if everything else accelerator.num_processes,
+        )
+
+    def training_batches(start_step: int) -> Iterator[Batch | LatentBatch]:
+        return batches(
+            source, sampler(start_step), num_workers=machine.num_workers, device=accelerator.device
+        )
+
+    def statistics() -> Iterator[Any]:
+        steps = -(-settings.num_statistics_clips // settings.batch_size)
+        return batches(dataset, sampler(0, steps, everything=True), num_workers=0, device=accelerator.device)
+
+    def held_out_clips() -> Iterator[Any]:
+        return held_out_batches(
+            held_out,
+            batch_size=min(settings.batch_size, 16),
+            num_clips=settings.num_held_out,
+            device=accelerator.device,
+        )
+
+    optimizers = {
+        name: build(cfg.optimizer)([p for p in module.parameters() if p.requires_grad])
+        for name, module in stage.modules.items()
+    }
+    count = sum(p.numel() for module in stage.modules.values() for p in module.parameters())
+    accelerator.print(
+        f"{folder}: {count:,} parameters in {' and '.join(stage.modules)}, {settings.batch_size} clips a step "
+        f"({accelerator.num_processes} process(es) x {accelerator.gradient_accumulation_steps} micro-batches "
+        f"of {micro_batch_size}), {accelerator.device}, precision {accelerator.mixed_precision}"
+    )
+    for module in stage.modules.values():
+        module.to(accelerator.device)
+    train(
+        stage,
+        optimizers=optimizers,
+        batches=training_batches,
+        held_out=held_out_clips,
+        statistics=statistics,
+        export=partial(save_model, folder / "model"),
+        ema_decay=averages.decay,
+        settings=LoopSettings(
+            **{name: getattr(settings, name) for name in LoopSettings.__dataclass_fields__}
+        ),
+        accelerator=accelerator,
+        folder=folder,
+        fps=dataset.fps,
+        tensorboard=logger.tensorboard,
+        seed=cfg.seed,
+    )
+    accelerator.print(f"model: {folder / 'model'}")
+
+
+SaveModel = Callable[[Path, "nn.Module", int], None]
+
+
+def stage_of(cfg: DictConfig, dataset: "ClipDataset", accelerator: "Accelerator") -> tuple["Stage", SaveModel]:
+    """The stage that a config describes, and what writes its model folder."""
+    from .model_folder import DataRecord
+
+    data = DataRecord(
+        name=dataset.name,
+        fingerprint=dataset.fingerprint,
+        num_frames=dataset.num_frames,
+        frame_stride=dataset.frame_stride,
+        resolution=list(dataset.resolution),
+        fps=dataset.fps,
+        classes=list(dataset.classes),
+    )
+    kind = str(cfg.stage._target_).rsplit(".", 1)[-1]
+    if kind == "DiffusionStage":
+        return _diffusion_stage(cfg, data, accelerator)
+    return _autoencoder_stage(cfg, data, accelerator)
+
+
+def _autoencoder_stage(
+    cfg: DictConfig, data: "DataRecord", accelerator: "Accelerator"
+) -> tuple["Stage", SaveModel]:
+    from .model_folder import save_autoencoder
+
+    autoencoder = build(cfg.autoencoder)
+    autoencoder.latent_shape(data.num_frames, *data.resolution)  # refuses sizes that it can't divide
+    perceptual = None if cfg.perceptual is None else build(cfg.perceptual).to(accelerator.device)
+    stage = build(
+        cfg.stage,
+        autoencoder=autoencoder,
+        discriminator=None if cfg.discriminator is None else build(cfg.discriminator),
+        perceptual=perceptual,
+        seed=cfg.seed,
+        mean_over_processes=lambda values: (
+            accelerator.reduce(values, reduction="mean") if accelerator.num_processes > 1 else values
+        ),
+    )
+    node = _plain(cfg)["autoencoder"]
+
+    def save_model(folder: Path, module: "nn.Module", step: int) -> None:
+        save_autoencoder(folder, module, node=node, data=data, step=step)
+
+    return stage, save_model
+
+
+def _diffusion_stage(
+    cfg: DictConfig, data: "DataRecord", accelerator: "Accelerator"
+) -> tuple["Stage", SaveModel]:
+    from .diffusion.parameterization import Parameterization
+    from .generation import VideoGenerator
+    from .model_folder import masking_of, save_diffusion
+
+    autoencoder = build(cfg.autoencoder).to(accelerator.device)
+    window = autoencoder.latent_shape(data.num_frames, *data.resolution)
+    plain = _plain(cfg)
+    masking = masking_of(plain["conditioning"])
+    if masking.gives_frames:
+        masking.check(window[1])
+    num_classes = len(data.classes) if cfg.class_conditional else 0
+    if cfg.class_conditional and num_classes < 2:
+        raise ConfigError(
+            f"class_conditional=true needs a data set with classes, got {data.name} with {num_classes}; "
+            "put each class into a folder of its own, or use class_conditional=false"
+        )
+    # Facts that objects can tell are asked of the objects, and recorded with the network.
+    unet_node = plain["unet"] | {
+        "in_channels": window[0],
+        "out_channels": window[0],
+        "mask_channel": masking.gives_frames,
+        "num_noise_levels": masking.max_noise_level if masking.gives_frames else 0,
+        "num_classes": num_classes,
+    }
+    parameterization = Parameterization(build(cfg.noise_schedule), cfg.prediction_type).to(accelerator.device)
+    sampler = build(cfg.sampler)
+
+    def generator(unet: "nn.Module") -> VideoGenerator:
+        return VideoGenerator(
+            autoencoder=autoencoder,
+            unet=unet,
+            parameterization=parameterization,
+            sampler=sampler,
+            guidance_scale=1.0,
+            window=window,
+            gives_frames=masking.gives_frames,
+            has_labels=num_classes > 0,
+            max_noise_level=unet_node["num_noise_levels"],
+            noise_level=0,
+        )
+
+    stage = build(
+        cfg.stage,
+        unet=build(unet_node),
+        autoencoder=autoencoder,
+        parameterization=parameterization,
+        masking=masking,
+        has_labels=num_classes > 0,
+        generator=generator,
+        seed=cfg.seed,
+    )
+    config = {
+        "unet": unet_node,
+        "noise_schedule": plain["noise_schedule"],
+        "prediction_type": plain["prediction_type"],
+        "conditioning": plain["conditioning"],
+        "class_conditional": num_classes > 0,
+        "window": list(window),
+    }
+
+    def save_model(folder: Path, module: "nn.Module", step: int) -> None:
+        save_diffusion(
+            folder,
+            module,
+            autoencoder=autoencoder,
+            autoencoder_node=plain["autoencoder"],
+            config=config,
+            data=data,
+            step=step,
+        )
+
+    return stage, save_model
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
+    main()

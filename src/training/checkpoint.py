@@ -1,0 +1,173 @@
+"""Training state on disk: everything that a resume needs, written atomically, read without running code."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+@dataclass
+class State:
+    """What is saved: references, not copies.
+
+    Args:
+        modules: unwrapped trained modules.
+        averages: their moving averages, empty without EMA.
+        optimizers: one a module.
+        running: small tensors of the stage.
+        progress: JSON values; at least ``step``.
+    """
+
+    modules: Mapping[str, nn.Module]
+    averages: Mapping[str, nn.Module]
+    optimizers: Mapping[str, torch.optim.Optimizer]
+    running: dict[str, Tensor]
+    progress: dict[str, Any] = field(default_factory=dict)
+
+
+def save(folder: Path, state: State, keep: int) -> Path:
+    """Writes the state as ``folder/step_XXXXXXXXX`` and removes all but the last ``keep`` states.
+
+    The folder appears under its name only when all its files are on the disk; an interruption at any
+    moment leaves the earlier states as they were.
+
+    Raises:
+        OSError: if the disk is full or read-only; nothing that was there is lost.
+    """
+    step = state.progress["step"]
+    target = folder / f"step_{step:09d}"
+    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".step_*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        optimizers, groups = _flatten_optimizers(state.optimizers)
+        files = {
+            "modules.safetensors": _flatten_modules(state.modules),
+            "averages.safetensors": _flatten_modules(state.averages),
+            "optimizers.safetensors": optimizers,
+            "running.safetensors": {name: value.contiguous() for name, value in state.running.items()},
+        }
+        checksums = {}
+        for name, tensors in files.items():
+            save_file(tensors, temporary / name)
+            checksums[name] = _sync_and_hash(temporary / name)
+        description = {"progress": state.progress, "optimizers": groups, "sha256": checksums}
+        (temporary / "state.json").write_text(json.dumps(description, indent=1))
+        _sync_and_hash(temporary / "state.json")
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in list_states(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def list_states(folder: Path) -> list[Path]:
+    """Complete states, the oldest first."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+
+
+def load_latest(folder: Path, state: State, report: Any = print) -> bool:
+    """Fills ``state`` from the newest sound state; says whether there was one.
+
+    A damaged state (a file missing or not matching its checksum) is reported, removed, and the one
+    before it is used.
+
+    Raises:
+        ValueError: if a sound state belongs to other modules.
+    """
+    for path in reversed(list_states(folder)):
+        try:
+            description = json.loads((path / "state.json").read_text())
+            for name, expected in description["sha256"].items():
+                if _hash(path / name) != expected:
+                    raise ValueError(f"{name} doesn't match its checksum")
+        except (OSError, ValueError, KeyError) as error:
+            report(f"state {path} is damaged ({error}); it is removed and the one before it is used")
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        _fill_modules(state.modules, load_file(path / "modules.safetensors"), path)
+        _fill_modules(state.averages, load_file(path / "averages.safetensors"), path)
+        _fill_optimizers(
+            state.optimizers, load_file(path / "optimizers.safetensors"), description["optimizers"]
+        )
+        running = load_file(path / "running.safetensors")
+        if running.keys() != state.running.keys():
+            raise ValueError(f"state {path} holds {sorted(running)}, expected {sorted(state.running)}")
+        state.running.update(running)
+        state.progress.update(description["progress"])
+        return True
+    return False
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_and_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flatten_modules(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value.detach().contiguous()
+        for name, module in modules.items()
+        for key, value in module.state_dict().items()
+    }
+
+
+def _fill_modules(modules: Mapping[str, nn.Module], tensors: dict[str, Tensor], path: Path) -> None:
+    expected = {f"{name}.{key}" for name, module in modules.items() for key in module.state_dict()}
+    if expected != tensors.keys():
+        raise ValueError(
+            f"state {path} belongs to another model: missing {sorted(expected - tensors.keys())[:5]}, "
+            f"left over {sorted(tensors.keys() - expected)[:5]}. Choose another name=… for this run"
+        )
+    for name, module in modules.items():
+        prefix = f"{name}."
+        module.load_state_dict(
+            {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        )
+
+
+def _flatten_optimizers(
+    optimizers: Mapping[str, torch.optim.Optimizer],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by ``name/parameter/key``, and what JSON can hold."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    for name, optimizer in optimizers.items():
+        state = optimizer.state_dict()
+        for parameter, values in state["state"].items():
+            for key, value in values.items():
+                tensors[f"{name}/{parameter}/{key}"] = torch.as_tensor(value).detach().contiguous()
+        rest[name] = state["param_groups"]
+    return tensors, rest
+
+
+def _fill_optimizers(
+    optimizers: Mapping[str, torch.optim.Optimizer], tensors: dict[str, Tensor], rest: dict[str, Any]
+) -> None:
+    for name, optimizer in optimizers.items():
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            owner, parameter, field_name = key.split("/")
+            if owner == name:
+                state.setdefault(int(parameter), {})[field_name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": rest[name]})

@@ -1,0 +1,44 @@
+"""Exponential moving averages of weights, kept as modules that can be used as they are."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """Averages of modules: after each optimizer step, ``average += (1 - d) (weights - average)``.
+
+    The decay warms up as ``d = min(decay, (1 + n) / (10 + n))`` after n updates, so that early averages
+    forget the initial weights.
+
+    Args:
+        modules: unwrapped modules to follow, by name.
+        decay: final decay per optimizer step, in [0, 1).
+
+    Raises:
+        ValueError: if the decay is out of range.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"ema.decay must be at least 0 and below 1, got {decay}")
+        self.decay = decay
+        self.modules = {
+            name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in modules.items()
+        }
+
+    def decay_at(self, num_updates: int) -> float:
+        """Decay of the update with this number, counted from 1."""
+        return min(self.decay, (1 + num_updates) / (10 + num_updates))
+
+    @torch.no_grad()
+    def update(self, modules: Mapping[str, nn.Module], num_updates: int) -> None:
+        """Moves the averages towards the modules; buffers are copied."""
+        weight = 1.0 - self.decay_at(num_updates)
+        for name, average in self.modules.items():
+            source = modules[name]
+            torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), weight)
+            for ours, theirs in zip(average.buffers(), source.buffers(), strict=True):
+                ours.copy_(theirs)

@@ -1,0 +1,36 @@
+"""Schedules against their published formulas, and against the golden tables."""
+
+import math
+
+import pytest
+import torch
+
+from src.diffusion import noise_schedule
+
+
+def test_linear_is_linear_in_the_square_root_of_the_variance() -> None:
+    table = noise_schedule.linear(1000, 0.0015, 0.0155)
+    betas = 1 - table[1:] / table[:-1]
+    expected = [
+        (math.sqrt(0.0015) + k / 999 * (math.sqrt(0.0155) - math.sqrt(0.0015))) ** 2 for k in range(1, 1000)
+    ]
+    assert table.dtype == torch.float64
+    assert table[0].item() == pytest.approx(1 - 0.0015, rel=1e-12)
+    torch.testing.assert_close(betas, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
+
+
+def test_cosine_follows_the_squared_cosine_until_the_clip() -> None:
+    table = noise_schedule.cosine(1000, 0.008, 0.999)
+
+    def signal(t: int) -> float:
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    for t in (0, 1, 17, 500, 998):  # the last entry is clipped
+        assert table[t].item() == pytest.approx(signal(t + 1) / signal(0), rel=1e-9)
+    assert table[999].item() == pytest.approx(table[998].item() * 0.001, rel=1e-9)
+
+
+@pytest.mark.parametrize("start, end", [(0.0, 0.01), (0.02, 0.01), (0.1, 1.0)])
+def test_impossible_variances_are_refused(start: float, end: float) -> None:
+    with pytest.raises(ValueError, match="beta_start"):
+        noise_schedule.linear(10, start, end)
