@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from .model_folder import DiffusionModel
 
 NUM_SHOWN = 8
+FOLDER_OF_SAMPLES = {
+    "_target_": ".data.folder.folder",
+    "test_fraction": 0.0,
+    "frame_stride": 1,
+    "crop": "center_crop",
+    "horizontal_flip": False,
+    "cache": None,
+    "strict": False,
+}
 
 
 @dataclass
