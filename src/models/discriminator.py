@@ -59,7 +59,7 @@ class PatchDiscriminator(nn.Module):
         if min(frames.shape[2:]) < self.min_size:
             raise ValueError(
                 f"frames of {tuple(frames.shape[2:])} are too small for the discriminator: "
-                f"it needs {self.min_size} pixels per side with {len(self.convs)} strided layers; use fewer (n_layers)"
+                f"with n_layers={len(self.convs)} it needs {self.min_size} pixels per side; use fewer layers"
             )
         h = F.leaky_relu(self.conv_in(frames), 0.2)
         for conv, norm in zip(self.convs, self.norms, strict=True):

@@ -115,7 +115,7 @@ class Step(nn.Module):
 
 
 class UNet3d(nn.Module):
-    """Predicts noise (or v, or the clean latents) from noisy latents: LVDM's U-Net (He et al. 2022, section 3.2).
+    """Predicts noise, v or clean latents from noisy latents: LVDM's U-Net (He et al. 2022, section 3.2).
 
     Levels have `model_channels * channel_mult` channels and halve height and width from one to the next; time
     is never shortened. Attention, built by `attention(channels=, num_heads=, head_channels=, norm_groups=)`,
@@ -256,16 +256,16 @@ class UNet3d(nn.Module):
     ) -> Tensor:
         """The prediction `b c t h w` for noisy latents `b c t h w` at diffusion times `b`.
 
-        `mask` (`b 1 t h w`, 1 at given frames), `noise_level` and `label` (int64 `b`, -1 where not told) and
-        `frame_noise_level` (`b`, with `mask`) may be None. Raises ValueError on shapes that don't fit, or on
-        something told that the network has no ear for.
+        May be None: `mask` (`b 1 t h w`, 1 at given frames; None stands for zeros), `noise_level` and `label`
+        (int64 `b`, -1 where not told), `frame_noise_level` (int64 `b t`, -1 at frames that aren't given).
+        Raises ValueError on shapes that don't fit, or on something told that the network has no ear for.
         """
         self.check(noisy_latents, timesteps, mask, noise_level, label, frame_noise_level)
         x = noisy_latents
         if self.mask_channel:
-            shown = torch.zeros_like(x[:, :1]) if mask is None else mask.to(x.dtype).expand_as(x[:, :1])
+            shown = torch.zeros_like(x[:, :1]) if mask is None else mask.to(x.dtype)
             x = torch.cat([x, shown], dim=1)
-        embedding = F.silu(self.embed(timesteps, mask, noise_level, label, frame_noise_level))
+        embedding = F.silu(self.embed(timesteps, noise_level, label, frame_noise_level))
 
         x = self.conv_in(channels_last(x))
         skips = [x]
@@ -282,26 +282,25 @@ class UNet3d(nn.Module):
     def embed(
         self,
         timesteps: Tensor,
-        mask: Tensor | None,
         noise_level: Tensor | None,
         label: Tensor | None,
         frame_noise_level: Tensor | None,
     ) -> Tensor:
-        """All that the blocks are told beside the latents, `b t e`, where t is 1 if frames are told the same."""
-        dtype = self.norm_out.weight.dtype
-        embedding = self.time_embedding(sinusoidal_embedding(timesteps, self.model_channels).to(dtype))[
-            :, None
-        ]
-        if frame_noise_level is not None:
-            assert self.frame_noise_embedding is not None and mask is not None
-            sinusoids = sinusoidal_embedding(frame_noise_level, self.model_channels).to(dtype)
-            given = mask[:, 0, :, 0, 0, None].to(dtype)
-            embedding = embedding * (1 - given) + self.frame_noise_embedding(sinusoids)[:, None] * given
+        """All that the blocks are told beside the latents, `b t e`; t is 1 if frames are told the same."""
+        embedding = self.embed_time(self.time_embedding, timesteps)[:, None]
+        if frame_noise_level is not None and self.frame_noise_embedding is not None:
+            of_given = self.embed_time(self.frame_noise_embedding, frame_noise_level)
+            embedding = torch.where((frame_noise_level >= 0)[..., None], of_given, embedding)
         if noise_level is not None and self.noise_level_embedding is not None:
             embedding = embedding + self.noise_level_embedding(noise_level)[:, None]
         if label is not None and self.label_embedding is not None:
             embedding = embedding + self.label_embedding(label)[:, None]
         return embedding
+
+    def embed_time(self, mlp: nn.Module, times: Tensor) -> Tensor:
+        """Diffusion times `…` as vectors `… e`."""
+        sinusoids = sinusoidal_embedding(times.flatten(), self.model_channels).to(self.norm_out.weight.dtype)
+        return mlp(sinusoids).unflatten(0, times.shape)
 
     def check(
         self,
@@ -317,49 +316,43 @@ class UNet3d(nn.Module):
         if len(shape) != 5 or shape[1] != self.in_channels:
             raise ValueError(f"the U-Net takes latents (b, {self.in_channels}, t, h, w), got {shape}")
         b, _, t, h, w = shape
-        m = self.size_multiple
-        if h % m or w % m:
-            below, above = (h // m * m, w // m * m), (-(-h // m) * m, -(-w // m) * m)
-            nearest = f"{below} or {above}" if min(below) > 0 else f"{above}"
+        multiple = self.size_multiple
+        if h % multiple or w % multiple:
+            below = (h // multiple * multiple, w // multiple * multiple)
+            above = (-(-h // multiple) * multiple, -(-w // multiple) * multiple)
             raise ValueError(
-                f"the U-Net halves height and width {m.bit_length() - 1} times: {h}x{w} latents must be "
-                f"multiples of {m}; use {nearest}, or fewer levels (channel_mult)"
+                f"the U-Net halves height and width {multiple.bit_length() - 1} times: {h}x{w} latents must "
+                f"be multiples of {multiple}; use {f'{below} or ' if min(below) else ''}{above}, "
+                "or fewer levels (channel_mult)"
             )
-        told = {
-            "timesteps": timesteps,
-            "noise_level": noise_level,
-            "label": label,
-            "frame_noise_level": frame_noise_level,
-        }
-        for name, value in told.items():
-            if value is not None and tuple(value.shape) != (b,):
-                raise ValueError(f"{name} must have shape ({b},), one per clip, got {tuple(value.shape)}")
+        expect_shape("timesteps", timesteps, (b,))
         if mask is not None:
-            if not (self.mask_channel or self.frame_noise_embedding is not None):
+            if not self.mask_channel:
                 raise ValueError(
-                    "a mask of given frames was told, but the network has no mask_channel; build it with one"
+                    "given frames were told, but the network has no mask_channel; pass mask=None"
                 )
-            if (
-                mask.ndim != 5
-                or mask.shape[:3] != (b, 1, t)
-                or any(size not in (1, full) for size, full in zip(mask.shape[3:], (h, w), strict=True))
-            ):
-                raise ValueError(f"mask must have shape ({b}, 1, {t}, {h}, {w}), got {tuple(mask.shape)}")
-        if label is not None and not self.num_classes:
-            raise ValueError(
-                "labels were told, but the network knows no classes (num_classes=0); pass label=None"
-            )
-        if (
-            noise_level is not None
-            and not self.num_noise_levels
-            and not noise_level.is_cuda
-            and bool((noise_level >= 0).any())
-        ):
-            raise ValueError(
-                "noise levels were told, but the network knows none (num_noise_levels=0); pass -1 or None"
-            )
-        if frame_noise_level is not None and (self.frame_noise_embedding is None or mask is None):
-            raise ValueError("frame_noise_level wants a network with frame_noise_embedding, and a mask")
+            expect_shape("mask", mask, (b, 1, t, h, w))
+        if noise_level is not None:
+            expect_shape("noise_level", noise_level, (b,))
+            # On an accelerator a look at the values would make the host wait in every step.
+            if not self.num_noise_levels and not noise_level.is_cuda and bool((noise_level >= 0).any()):
+                raise ValueError(
+                    "a noise level was told to a network with num_noise_levels=0; pass -1 or None"
+                )
+        if label is not None:
+            if not self.num_classes:
+                raise ValueError("labels were told to a network with num_classes=0; pass label=None")
+            expect_shape("label", label, (b,))
+        if frame_noise_level is not None:
+            if self.frame_noise_embedding is None:
+                raise ValueError("frame_noise_level was told to a network without frame_noise_embedding")
+            expect_shape("frame_noise_level", frame_noise_level, (b, t))
+
+
+def expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless the tensor has this shape."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
 
 
 def time_mlp(in_channels: int, width: int) -> nn.Sequential:
