@@ -1,0 +1,54 @@
+"""Files that several processes share: they appear whole or not at all, and are made once."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+
+def cache_home() -> Path:
+    """The folder for what can be computed again: ``$LATENT_VIDEO_CACHE``, else ``~/.cache/latent_video``."""
+    return Path(os.environ.get("LATENT_VIDEO_CACHE") or Path.home() / ".cache" / "latent_video")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a path to write to; what is there at the end gets the name ``path``, after an error it is gone."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON in one piece."""
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def read_json(path: Path) -> Any | None:
+    """Read JSON that only speeds things up: None if it isn't there or isn't JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file ``path``; other processes of this machine that want it wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            # Some network file systems know no locks; then the work may be done twice, which does no harm.
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
