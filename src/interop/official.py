@@ -197,7 +197,7 @@ def unet_arguments(config: Config, compatibility: OfficialCompatibility) -> dict
     told_mask = said["in_channels"] == said["out_channels"] + 1
     rows = said["num_classes"] or 0
     by_count = said["num_heads"] != -1
-    with_weights = "residual" if said["resblock_updown"] else "conv"
+    resampling_alone = "conv" if said["conv_resample"] else "pool"
     return {
         "in_channels": said["in_channels"] - told_mask,
         "out_channels": said["out_channels"],
@@ -216,7 +216,7 @@ def unet_arguments(config: Config, compatibility: OfficialCompatibility) -> dict
         "head_channels": None if by_count else said["num_head_channels"],
         "scale_shift_norm": said["use_scale_shift_norm"],
         "temporal_kernel": said["kernel_size_t"],
-        "resampling": with_weights if said["resblock_updown"] or said["conv_resample"] else "pool",
+        "resampling": "residual" if said["resblock_updown"] else resampling_alone,
         "mask_channel": told_mask,
         "num_noise_levels": rows if told_mask else 0,
         "num_classes": 0 if told_mask else rows,
@@ -324,7 +324,7 @@ def unet_blocks(unet: UNet3d) -> Iterator[tuple[str, str]]:
 
 
 def resizing(module: object, ours: str, theirs: str, conv: str) -> Iterator[tuple[str, str]]:
-    """The names of a change of size: a residual block, a convolution (behind a repetition or not), or none."""
+    """The names of a change of size: a residual block, a convolution (repeating first or not), or nothing."""
     if isinstance(module, ResBlock):
         yield ours, theirs
     elif isinstance(module, nn.Sequential):
