@@ -61,12 +61,14 @@ class FoundVideos:
     broken: tuple[VideoError, ...]
 
 
-def _parallel(function: Callable[[_A], _B], arguments: Sequence[_A], description: str) -> Iterator[_B]:
-    """Map over videos in threads (decoding doesn't hold Python's lock), in order, with a progress bar."""
+def in_parallel(function: Callable[[_A], _B], arguments: Sequence[_A], description: str) -> Iterator[_B]:
+    """Map over videos in threads, in order, with a progress bar (coding doesn't hold Python's lock)."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         results = pool.map(function, arguments)
         # Nothing is shown for what takes less than a second.
-        yield from tqdm(results, description, len(arguments), unit="video", delay=1, leave=False)
+        yield from tqdm(
+            results, description, len(arguments), unit="video", delay=1, mininterval=0.5, leave=False
+        )
 
 
 def list_videos(root: str | os.PathLike[str]) -> list[str]:
@@ -135,7 +137,7 @@ def _probe_all(root: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
             warnings.warn(f"can't keep the index of {root} for the next start: {error}", stacklevel=3)
 
     for count, (name, result) in enumerate(
-        zip(fresh, _parallel(one, fresh, "probing videos"), strict=True), start=1
+        zip(fresh, in_parallel(one, fresh, "probing videos"), strict=True), start=1
     ):
         index[name] = result
         if count % 2000 == 0:  # so that an interrupted start goes on from here
@@ -428,7 +430,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
             jobs = list(zip(entries, offsets, strict=True))
             description = f"caching videos at {self.resolution[0]}x{self.resolution[1]}"
-            broken = [error for error in _parallel(decode, jobs, description) if error is not None]
+            broken = [error for error in in_parallel(decode, jobs, description) if error is not None]
             os.replace(part, pixels)
         except OSError as error:
             raise OSError(f"can't write the cache of {self.name} to {pixels}: {error}") from error
