@@ -7,10 +7,10 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -59,6 +59,15 @@ class FoundVideos:
     entries: tuple[VideoEntry, ...]
     classes: tuple[str, ...]
     broken: tuple[VideoError, ...]
+
+    def only(self, names: Iterable[str]) -> Self:
+        """Keep the videos of these relative paths, and all classes."""
+        paths = {str(self.root / name) for name in names}
+        return replace(
+            self,
+            entries=tuple(entry for entry in self.entries if entry.path in paths),
+            broken=tuple(error for error in self.broken if error.path in paths),
+        )
 
 
 def in_parallel(function: Callable[[_A], _B], arguments: Sequence[_A], description: str) -> Iterator[_B]:
@@ -167,7 +176,10 @@ def find_videos(
     names = list_videos(root) if names is None else names
     class_of = class_of or (lambda name: "" if "/" not in name else name.rpartition("/")[0])
     probed = _probe_all(root, names)
-    classes = tuple(sorted({class_of(name) for name in names} - {""}, key=natural_key))
+    # Small and capital letters sort alike, as in UCF-101's official order.
+    classes = tuple(
+        sorted({class_of(name) for name in names} - {""}, key=lambda name: natural_key(name.casefold()))
+    )
     labels = {name: label for label, name in enumerate(classes)} | {"": -1}
     entries = []
     broken = []
@@ -323,7 +335,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def summary(self) -> str:
         """Say in a line what there is, and what was skipped."""
         height, width = self.resolution
-        parts = [f"{len(self):,} videos"]
+        parts = [f"{len(self):,} video{'s' if len(self) > 1 else ''}"]
         if self.classes:
             parts.append(f"{len(self.classes)} classes")
         parts.append(f"{height}x{width}")

@@ -7,6 +7,11 @@ from .clips import ClipDataset, find_videos, list_videos
 
 SPLITS = ("train", "test", "all")
 
+HINT = """\
+Put videos there (mp4, avi, mkv, webm, …) or folders of frame images (jpg, png, …), in sub-folders by class if
+there are classes. Or point to another folder, and check it:
+    python -m src.prepare dataset=folder dataset.root=PATH"""
+
 
 def check_split(split: str) -> None:
     """Refuse a split that isn't one."""
@@ -14,11 +19,30 @@ def check_split(split: str) -> None:
         raise ValueError(f"unknown split {split!r}; choose one of: {', '.join(SPLITS)}")
 
 
+def require_videos(root: str | None, title: str, hint: str) -> list[str]:
+    """List the videos under a data set's root by their relative paths; the hint says how to get some.
+
+    Raises FileNotFoundError if there are none.
+    """
+    if root is None:
+        reason = "dataset.root is not set"
+    elif not Path(root).exists():
+        reason = f"there is no folder {root}"
+    elif not Path(root).is_dir():
+        reason = f"{root} is not a folder"
+    else:
+        names = list_videos(root)
+        if names:
+            return names
+        reason = f"the folder {root} holds no videos"
+    raise FileNotFoundError(f"no {title}: {reason}.\n{hint}")
+
+
 def split_by_name(names: list[str], test_fraction: float, split: str) -> list[str]:
     """Pick the videos of a split by a hash of their names.
 
-    So it is the same on any machine, and new files hardly move it.
-        The test split has ``test_fraction`` of the videos, but at least one if the fraction isn't zero.
+    So it is the same on any machine, and new files hardly move it. The test split has ``test_fraction`` of
+    the videos, but at least one if the fraction isn't zero.
     """
     if not 0 <= test_fraction < 1:
         raise ValueError(f"test_fraction must be in [0, 1), got {test_fraction}")
@@ -46,44 +70,32 @@ def folder(
 ) -> ClipDataset:
     """Clips of all videos under ``root``; the folder that a video lies in is its class.
 
-    If ``root`` holds the folders ``train`` and ``test``, these are the splits; else ``test_fraction`` of the
-    videos, chosen by a hash of their names, is kept for testing.
+    If all of ``root`` lies in the folders ``train`` and ``test``, these are the splits; else
+    ``test_fraction`` of the videos, chosen by a hash of their names, is kept for testing.
 
     Raises FileNotFoundError if there are no videos, ValueError if none is long enough.
     """
     check_split(split)
-    hint = (
-        "Put videos there (mp4, avi, mkv, webm, …) or folders of frame images (jpg, png, …), in sub-folders\n"
-        "by class if there are classes; or point to another folder and check it:\n"
-        "    python -m src.prepare dataset=folder dataset.root=PATH"
-    )
-    if root is None or not Path(root).is_dir():
-        where = "dataset.root is not set" if root is None else f"there is no folder {root}"
-        raise FileNotFoundError(f"no videos: {where}.\n{hint}")
-    names = list_videos(root)
-    if not names:
-        raise FileNotFoundError(f"no videos: the folder {root} holds none.\n{hint}")
-    tops = {name.split("/", 1)[0] for name in names}
-    if tops >= {"train", "test"}:
-        chosen = [name for name in names if split == "all" or name.split("/", 1)[0] == split]
-        depth = 1
+    names = require_videos(root, "videos", HINT)
+    has_splits = {name.split("/", 1)[0] for name in names} == {"train", "test"}
+    if has_splits:
+        chosen = [name for name in names if split in ("all", name.split("/", 1)[0])]
     else:
         chosen = split_by_name(names, test_fraction, split)
-        depth = 0
     if not chosen:
         raise ValueError(
-            f"the split {split!r} of {root} is empty: it has {len(names)} videos and dataset.test_fraction="
-            f"{test_fraction:g}; raise the fraction, add videos, or use dataset.split=all"
+            f"the split {split!r} of {root} is empty: the folder holds {len(names)} videos, and "
+            f"dataset.test_fraction is {test_fraction:g}. Change the fraction or add videos"
         )
-
-    def class_of(name: str) -> str:
-        return "/".join(name.split("/")[depth:-1])
-
-    # The whole folder's classes, so that a label means the same in every split.
-    found = find_videos(root, strict=strict, names=names, class_of=class_of)
-    wanted = {str(Path(root) / name) for name in chosen}
+    # The classes are those of the whole folder, so that a label means the same in every split.
+    found = find_videos(
+        str(root),
+        names=names,
+        class_of=lambda name: "/".join(name.split("/")[1 if has_splits else 0 : -1]),
+        strict=strict,
+    ).only(chosen)
     return ClipDataset(
-        [entry for entry in found.entries if entry.path in wanted],
+        found.entries,
         found.classes,
         num_frames=num_frames,
         frame_stride=frame_stride,
@@ -93,6 +105,6 @@ def folder(
         seed=seed,
         cache=cache,
         strict=strict,
-        name=str(root),
-        broken=[error for error in found.broken if error.path in wanted],
+        name=f"{root}, {split}",
+        broken=found.broken,
     )

@@ -1,0 +1,63 @@
+"""Sky Time-lapse: clips of moving clouds, 640x360 (Xiong et al., CVPR 2018)."""
+
+from .clips import ClipDataset, find_videos
+from .folder import check_split, require_videos
+
+SUBSETS = ("split", "all")
+
+HINT = """\
+From the page of MD-GAN (https://github.com/weixiong-ur/mdgan, "our time-lapse dataset") take
+sky_timelapse.zip (about 29 GB). It unpacks to folders of frames, each of which counts as one video:
+    ROOT/sky_train/<video>/<clip>/*.jpg
+    ROOT/sky_test/<video>/<clip>/*.jpg
+mp4 files in sky_train and sky_test work as well. Then check and prepare it:
+    python -m src.prepare dataset=sky dataset.root=ROOT
+For any other layout use dataset=folder."""
+
+
+def sky(
+    root: str | None,
+    *,
+    split: str,
+    subset: str,
+    num_frames: int,
+    frame_stride: int,
+    resolution: int | tuple[int, int],
+    crop: str,
+    horizontal_flip: bool,
+    seed: int,
+    cache: str | None,
+    strict: bool,
+) -> ClipDataset:
+    """Clips of Sky Time-lapse, without classes.
+
+    With ``subset`` "split", as in the LVDM paper, training is on sky_train and testing on sky_test; with
+    "all" every split is both.
+
+    Raises FileNotFoundError, which tells where to get it, if it isn't there.
+    """
+    check_split(split)
+    if subset not in SUBSETS:
+        raise ValueError(f"unknown subset {subset!r} of Sky Time-lapse; choose one of: {', '.join(SUBSETS)}")
+    names = require_videos(root, "Sky Time-lapse", HINT)
+    parts = ("sky_train", "sky_test") if "all" in (subset, split) else (f"sky_{split}",)
+    chosen = [name for name in names if set(parts) & set(name.split("/")[:-1])]
+    if not chosen:
+        raise FileNotFoundError(
+            f"no Sky Time-lapse: {root} holds {len(names)} videos, but none in {' or '.join(parts)}.\n{HINT}"
+        )
+    found = find_videos(str(root), names=chosen, class_of=lambda name: "", strict=strict)
+    return ClipDataset(
+        found.entries,
+        found.classes,
+        num_frames=num_frames,
+        frame_stride=frame_stride,
+        resolution=resolution,
+        crop=crop,
+        horizontal_flip=horizontal_flip,
+        seed=seed,
+        cache=cache,
+        strict=strict,
+        name=f"Sky Time-lapse, {subset}, {split}",
+        broken=found.broken,
+    )

@@ -1,0 +1,63 @@
+"""Taichi-HD: people doing Tai chi, cropped to squares (Siarohin et al., NeurIPS 2019)."""
+
+from .clips import ClipDataset, find_videos
+from .folder import check_split, require_videos
+
+SUBSETS = ("all", "split")
+
+HINT = """\
+There is no archive: the scripts of https://github.com/AliaksandrSiarohin/video-preprocessing cut the videos
+out of YouTube by the list taichi-metadata.csv, which comes with them:
+    python load_videos.py --metadata taichi-metadata.csv --format .mp4 --out_folder ROOT --workers 8
+(--format .png gives folders of frames, about 80 GB). This makes
+    ROOT/train/*.mp4    ROOT/test/*.mp4    (or a folder of .png frames in place of each .mp4)
+Then check and prepare it:
+    python -m src.prepare dataset=taichi dataset.root=ROOT"""
+
+
+def taichi(
+    root: str | None,
+    *,
+    split: str,
+    subset: str,
+    num_frames: int,
+    frame_stride: int,
+    resolution: int | tuple[int, int],
+    crop: str,
+    horizontal_flip: bool,
+    seed: int,
+    cache: str | None,
+    strict: bool,
+) -> ClipDataset:
+    """Clips of Taichi-HD, without classes.
+
+    With ``subset`` "all", as in the LVDM paper, every split is both folders; with "split" training is on
+    train and testing on test.
+
+    Raises FileNotFoundError, which tells where to get it, if it isn't there.
+    """
+    check_split(split)
+    if subset not in SUBSETS:
+        raise ValueError(f"unknown subset {subset!r} of Taichi-HD; choose one of: {', '.join(SUBSETS)}")
+    names = require_videos(root, "Taichi-HD", HINT)
+    parts = ("train", "test") if "all" in (subset, split) else (split,)
+    chosen = [name for name in names if set(parts) & set(name.split("/")[:-1])]
+    if not chosen:
+        raise FileNotFoundError(
+            f"no Taichi-HD: {root} holds {len(names)} videos, but none in {' or '.join(parts)}.\n{HINT}"
+        )
+    found = find_videos(str(root), names=chosen, class_of=lambda name: "", strict=strict)
+    return ClipDataset(
+        found.entries,
+        found.classes,
+        num_frames=num_frames,
+        frame_stride=frame_stride,
+        resolution=resolution,
+        crop=crop,
+        horizontal_flip=horizontal_flip,
+        seed=seed,
+        cache=cache,
+        strict=strict,
+        name=f"Taichi-HD, {subset}, {split}",
+        broken=found.broken,
+    )

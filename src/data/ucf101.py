@@ -1,0 +1,90 @@
+"""UCF-101: 13,320 videos of 101 human actions, 320x240 at 25 frames per second (Soomro et al., 2012)."""
+
+import re
+from pathlib import Path, PurePosixPath
+
+from .clips import ClipDataset, find_videos
+from .folder import check_split, require_videos
+
+SUBSETS = ("all", "split1", "split2", "split3")
+
+HINT = """\
+From the page "UCF101 - Action Recognition Data Set" of the University of Central Florida's Center for
+Research in Computer Vision (https://www.crcv.ucf.edu/data/UCF101.php) take UCF101.rar (about 6.9 GB), and for
+the official splits UCF101TrainTestSplits-RecognitionTask.zip (about 0.1 MB). Unpack both into one folder:
+    ROOT/UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi …     (or all .avi files flat)
+    ROOT/ucfTrainTestlist/trainlist01.txt testlist01.txt …
+Frame folders named v_<Class>_gXX_cYY work as well. Then check and prepare it:
+    python -m src.prepare dataset=ucf101 dataset.root=ROOT"""
+
+_NAME = re.compile(r"v_([A-Za-z]+)_.+")
+
+
+def class_of(name: str) -> str:
+    """Read the class from a video's name, v_<Class>_gXX_cYY; "" if it isn't named so."""
+    match = _NAME.fullmatch(PurePosixPath(name).name)
+    return match.group(1) if match else ""
+
+
+def _official_list(root: str, kind: str, number: str) -> set[str]:
+    """Read the names (without extension) in trainlist01.txt or its kin, from anywhere under the root."""
+    file_name = f"{kind}list0{number}.txt"
+    found = sorted(Path(root).rglob(file_name))
+    if not found:
+        raise FileNotFoundError(f"no {file_name} under {root}.\n{HINT}\nOr use dataset.subset=all.")
+    lines = found[0].read_text(encoding="utf-8").splitlines()
+    return {PurePosixPath(line.split()[0]).stem for line in lines if line.strip()}
+
+
+def ucf101(
+    root: str | None,
+    *,
+    split: str,
+    subset: str,
+    num_frames: int,
+    frame_stride: int,
+    resolution: int | tuple[int, int],
+    crop: str,
+    horizontal_flip: bool,
+    seed: int,
+    cache: str | None,
+    strict: bool,
+) -> ClipDataset:
+    """Clips of UCF-101, labelled by action (in the order of the names, as in the official classInd.txt).
+
+    With ``subset`` "all", as in the LVDM paper, every split is the whole set; with "split1" to "split3"
+    training and testing follow the official lists of the recognition task (9,537 and 3,783 videos in the
+    first).
+
+    Raises FileNotFoundError, which tells where to get it, if it isn't there.
+    """
+    check_split(split)
+    if subset not in SUBSETS:
+        raise ValueError(f"unknown subset {subset!r} of UCF-101; choose one of: {', '.join(SUBSETS)}")
+    names = [name for name in require_videos(root, "UCF-101", HINT) if class_of(name)]
+    if not names:
+        raise FileNotFoundError(f"no UCF-101: no video under {root} is named v_<Class>_gXX_cYY.\n{HINT}")
+    chosen = names
+    if subset != "all" and split != "all":
+        listed = _official_list(str(root), split, subset[-1])
+        chosen = [name for name in names if PurePosixPath(name).stem in listed]
+        if not chosen:
+            raise ValueError(
+                f"none of the {len(names)} videos under {root} is in the official list of {subset}, {split}; "
+                "use dataset.subset=all, or complete the videos"
+            )
+    found = find_videos(str(root), names=names, class_of=class_of, strict=strict).only(chosen)
+    return ClipDataset(
+        found.entries,
+        found.classes,
+        num_frames=num_frames,
+        frame_stride=frame_stride,
+        resolution=resolution,
+        crop=crop,
+        horizontal_flip=horizontal_flip,
+        seed=seed,
+        cache=cache,
+        strict=strict,
+        name=f"UCF-101, {subset}, {split}",
+        broken=found.broken,
+    )

@@ -1,0 +1,255 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from src.data.clips import ClipDataset
+from src.data.folder import folder, split_by_name
+from src.data.sky import sky
+from src.data.taichi import taichi
+from src.data.ucf101 import class_of, ucf101
+from src.data.video import VideoError, write_video
+
+Shared = Callable[[str], Path]
+
+COMMON: dict[str, Any] = {
+    "num_frames": 8,
+    "frame_stride": 1,
+    "resolution": 16,
+    "crop": "center_crop",
+    "horizontal_flip": False,
+    "seed": 0,
+    "cache": None,
+    "strict": False,
+}
+OWN: dict[Callable[..., ClipDataset], dict[str, Any]] = {
+    folder: {"test_fraction": 0.25},
+    ucf101: {"subset": "all"},
+    sky: {"subset": "split"},
+    taichi: {"subset": "all"},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENT_VIDEO_CACHE", str(tmp_path_factory.mktemp("cache_home")))
+
+
+def make(
+    factory: Callable[..., ClipDataset], root: Path | str | None, split: str, **more: Any
+) -> ClipDataset:
+    return factory(None if root is None else str(root), split=split, **(COMMON | OWN[factory] | more))
+
+
+def add_video(path: Path, num_frames: int = 10) -> None:
+    write_video(path, np.full((num_frames, 16, 16, 3), 90, np.uint8), 25)
+
+
+def add_images(path: Path, num_frames: int = 10) -> None:
+    path.mkdir(parents=True)
+    for t in range(num_frames):
+        Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(path / f"{t:05d}.jpg")
+
+
+def names(data: ClipDataset, root: Path) -> list[str]:
+    return [Path(entry.path).relative_to(root).as_posix() for entry in data.entries]
+
+
+@pytest.mark.parametrize("factory", OWN)
+def test_missing_data_says_what_to_put_where_and_what_to_run(
+    factory: Callable[..., ClipDataset], tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "readme.txt").write_text("")
+    file = tmp_path / "file"
+    file.write_text("")
+    archive = {
+        ucf101: ("UCF101.rar", "6.9 GB", "UCF-101/ApplyEyeMakeup/"),
+        sky: ("sky_timelapse.zip", "29 GB", "sky_train/<video>/<clip>/"),
+        taichi: ("taichi-metadata.csv", "80 GB", "train/*.mp4"),
+        folder: ("mp4, avi", "frame images", "dataset.root=PATH"),
+    }[factory]
+    for root, reason in [
+        (None, "dataset.root is not set"),
+        (tmp_path / "nowhere", f"there is no folder {tmp_path / 'nowhere'}"),
+        (file, f"{file} is not a folder"),
+        (empty, f"the folder {empty} holds no videos"),
+    ]:
+        with pytest.raises(FileNotFoundError) as caught:
+            make(factory, root, "train")
+        message = str(caught.value)
+        assert reason in message
+        assert f"python -m src.prepare dataset={factory.__name__} dataset.root=" in message
+        assert all(part in message for part in archive)
+
+
+@pytest.mark.parametrize("factory", OWN)
+def test_unknown_choices_are_refused_with_the_choices(
+    factory: Callable[..., ClipDataset], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="unknown split 'val'; choose one of: train, test, all"):
+        make(factory, tmp_path, "val")
+    if factory is not folder:
+        with pytest.raises(ValueError, match=r"unknown subset 'some'.*choose one of: .*all"):
+            make(factory, tmp_path, "train", subset="some")
+
+
+# Any folder.
+
+
+def test_a_folder_is_split_by_name(tmp_path: Path) -> None:
+    for k in range(8):
+        add_video(tmp_path / f"{'ab'[k % 2]}/{k}.mp4")
+    train, test, whole = (make(folder, tmp_path, split) for split in ("train", "test", "all"))
+    assert len(test) == 2 and len(train) == 6 and len(whole) == 8
+    assert sorted(names(train, tmp_path) + names(test, tmp_path)) == sorted(names(whole, tmp_path))
+    assert train.classes == test.classes == ("a", "b")
+    assert all(entry.label == "ab".index(Path(entry.path).parent.name) for entry in whole.entries)
+    assert str(tmp_path) in whole.summary()
+
+
+def test_a_folder_with_train_and_test_is_taken_so(tmp_path: Path) -> None:
+    for name in ("train/x/1.mp4", "train/y/2.mp4", "test/y/3.mp4"):
+        add_video(tmp_path / name)
+    train, test = make(folder, tmp_path, "train"), make(folder, tmp_path, "test")
+    assert names(train, tmp_path) == ["train/x/1.mp4", "train/y/2.mp4"]
+    assert names(test, tmp_path) == ["test/y/3.mp4"]
+    assert train.classes == test.classes == ("x", "y") and test.entries[0].label == 1
+    assert len(make(folder, tmp_path, "all")) == 3
+
+
+def test_splits_hardly_move_with_new_files() -> None:
+    files = [f"{k}.mp4" for k in range(200)]
+    before = set(split_by_name(files, 0.1, "test"))
+    after = set(split_by_name(files + [f"new{k}.mp4" for k in range(20)], 0.1, "test"))
+    assert len(before) == 20 and len(after) == 22
+    assert len(before & after) >= 15
+    assert split_by_name(["one.mp4"], 0.1, "test") == ["one.mp4"]
+    assert split_by_name(files, 0.0, "test") == [] and split_by_name(files, 0.0, "train") == files
+    with pytest.raises(ValueError, match=r"got 1\.5"):
+        split_by_name(files, 1.5, "train")
+
+
+def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
+    add_video(tmp_path / "1.mp4")
+    with pytest.raises(ValueError, match=r"the split 'test' of .* is empty.*test_fraction is 0"):
+        make(folder, tmp_path, "test", test_fraction=0.0)
+
+
+def test_broken_files_are_counted_in_their_split_and_strict_raises(tmp_path: Path) -> None:
+    for name in ("train/1.mp4", "test/2.mp4"):
+        add_video(tmp_path / name)
+    (tmp_path / "train/bad.mp4").write_bytes(b"bad")
+    assert "1 skipped as broken (bad.mp4: " in make(folder, tmp_path, "train").summary()
+    assert "skipped" not in make(folder, tmp_path, "test").summary()
+    with pytest.raises(VideoError, match=r"bad\.mp4"):
+        make(folder, tmp_path, "train", strict=True)
+
+
+def test_folders_of_frames_are_videos(tmp_path: Path) -> None:
+    add_images(tmp_path / "walk" / "one")
+    add_images(tmp_path / "walk" / "two", 12)
+    data = make(folder, tmp_path, "all")
+    assert names(data, tmp_path) == ["walk/one", "walk/two"]
+    assert data.classes == ("walk",) and [entry.num_frames for entry in data.entries] == [10, 12]
+
+
+# UCF-101.
+
+
+def test_classes_come_from_the_names() -> None:
+    assert class_of("UCF-101/ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi") == "ApplyEyeMakeup"
+    assert class_of("v_YoYo_g25_c05.avi") == "YoYo" and class_of("train/v_TaiChi_g01_c01") == "TaiChi"
+    assert class_of("holiday.avi") == "" and class_of("v_TaiChi/1.avi") == ""
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_ucf101_nested_or_flat_with_official_lists(tmp_path: Path, nested: bool) -> None:
+    videos = [f"v_{c}_g{g:02d}_c01" for c in ("Hammering", "HammerThrow", "HandStandPushups") for g in (1, 8)]
+    for name in videos:
+        add_video(tmp_path / "UCF-101" / (name.split("_")[1] if nested else "") / f"{name}.avi")
+    lists = tmp_path / "ucfTrainTestlist"
+    lists.mkdir()
+    for kind, group in (("train", "g08"), ("test", "g01")):
+        lines = [f"{n.split('_')[1]}/{n}.avi{' 3' if kind == 'train' else ''}" for n in videos if group in n]
+        (lists / f"{kind}list02.txt").write_text("\r\n".join(lines) + "\r\n")
+    whole = make(ucf101, tmp_path, "train")
+    assert len(whole) == 6 and len(make(ucf101, tmp_path, "test")) == 6
+    # The official order of these, which capital letters before small ones would change.
+    assert whole.classes == ("Hammering", "HammerThrow", "HandStandPushups")
+    train, test = (make(ucf101, tmp_path, split, subset="split2") for split in ("train", "test"))
+    assert [Path(entry.path).stem.split("_")[2] for entry in train.entries] == ["g08"] * 3
+    assert [Path(entry.path).stem.split("_")[2] for entry in test.entries] == ["g01"] * 3
+    assert train.classes == test.classes == whole.classes
+    assert all(whole.classes[e.label] == Path(e.path).stem.split("_")[1] for e in train.entries)
+    with pytest.raises(
+        FileNotFoundError, match=r"trainlist01\.txt under(.|\n)*TrainTestSplits(.|\n)*subset=all"
+    ):
+        make(ucf101, tmp_path, "train", subset="split1")
+
+
+def test_ucf101_as_frame_folders(tmp_path: Path) -> None:
+    add_images(tmp_path / "train" / "v_YoYo_g01_c01")
+    add_images(tmp_path / "test" / "v_TaiChi_g01_c01")
+    data = make(ucf101, tmp_path, "train")
+    assert data.classes == ("TaiChi", "YoYo") and len(data) == 2
+
+
+def test_ucf101_wants_its_names(tmp_path: Path) -> None:
+    add_video(tmp_path / "holiday.mp4")
+    with pytest.raises(FileNotFoundError, match=r"named v_<Class>_gXX_cYY(.|\n)*UCF101\.rar"):
+        make(ucf101, tmp_path, "train")
+
+
+def test_the_genuine_ucf101_files(shared: Shared) -> None:
+    root = shared("clips/ucf101")
+    data = make(ucf101, root, "train", num_frames=16, frame_stride=4, resolution=32)
+    assert data.classes == ("ApplyEyeMakeup", "Archery", "CricketShot")
+    assert [(entry.num_frames, entry.fps) for entry in data.entries] == [(164, 25.0), (131, 25.0), (79, 25.0)]
+    for position in range(6):
+        item = data[position]
+        assert item["frames"].shape == (16, 32, 32, 3)
+        assert item["frames"].float().std() > 10
+    assert data.broken == {}
+
+
+# Sky Time-lapse and Taichi-HD.
+
+
+def test_sky_as_frames_or_files(tmp_path: Path) -> None:
+    add_images(tmp_path / "sky_train" / "video1" / "clip1")
+    add_images(tmp_path / "sky_train" / "video1" / "clip2")
+    add_video(tmp_path / "sky_train" / "video2.mp4")
+    add_images(tmp_path / "sky_test" / "video3" / "clip1", 32)
+    train, test = make(sky, tmp_path, "train"), make(sky, tmp_path, "test")
+    assert len(train) == 3 and len(test) == 1 and train.classes == ()
+    assert {entry.label for entry in train.entries} == {-1} and train[0]["label"] == -1
+    assert len(make(sky, tmp_path, "train", subset="all")) == len(make(sky, tmp_path, "all")) == 4
+    (tmp_path / "sky_test").rename(tmp_path / "other")
+    with pytest.raises(
+        FileNotFoundError, match=r"holds 4 videos, but none in sky_test(.|\n)*sky_timelapse\.zip"
+    ):
+        make(sky, tmp_path, "test")
+
+
+def test_taichi_as_files_or_frames(tmp_path: Path) -> None:
+    add_video(tmp_path / "train" / "a#000010#000100.mp4")
+    add_images(tmp_path / "train" / "b#000010#000100.mp4")
+    add_video(tmp_path / "test" / "c.mp4")
+    assert len(make(taichi, tmp_path, "train")) == 3
+    train, test = (make(taichi, tmp_path, split, subset="split") for split in ("train", "test"))
+    assert len(train) == 2 and names(test, tmp_path) == ["test/c.mp4"] and train.classes == ()
+    (tmp_path / "train").rename(tmp_path / "training")
+    with pytest.raises(FileNotFoundError, match=r"none in train\.(.|\n)*taichi-metadata"):
+        make(taichi, tmp_path, "train", subset="split")
+
+
+def test_real_sky_clips_through_the_folder(shared: Shared) -> None:
+    root = shared("clips_sky/real")
+    train, test = make(folder, root, "train", num_frames=16), make(folder, root, "test", num_frames=16)
+    assert len(train) == 36 and len(test) == 12
+    assert train[0]["frames"].shape == (16, 16, 16, 3) and train.broken == {}
