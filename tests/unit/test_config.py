@@ -1,0 +1,88 @@
+"""The door: what is refused, and what can be built."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from src.config import (
+    ConfigError,
+    TrainConfig,
+    TrainSettings,
+    build,
+    check,
+    claim_run_folder,
+    difference,
+    typed,
+)
+from tests.composing import composed
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("+experimnt=tiny", "experimnt.*Did you mean experiment"),
+        ("+train.nmu_steps=3", "train.nmu_steps.*Did you mean train.num_steps"),
+        ("+unet.model_chanels=3", "unet.model_chanels.*Did you mean unet.model_channels"),
+        ("unet.model_channels=wide", "unet.model_channels must be int, got 'wide'"),
+        ("train.num_steps=many", "train.*num_steps"),
+        ("stage.loss=l3", "stage.loss=l3 is unknown; choose one of l2, l1"),
+        ("name=???", "no value for name"),
+        ("unet._target_=.models.unet.Unet", "can't be found"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(composed("train", "+experiment=tiny", override), TrainConfig)
+
+
+def test_plumbing_is_typed() -> None:
+    settings = typed(composed("train", "+experiment=tiny", "train.num_steps=7"), "train", TrainSettings)
+    assert isinstance(settings, TrainSettings) and settings.num_steps == 7
+
+
+def test_dots_mean_this_package() -> None:
+    table = build({"_target_": ".diffusion.noise_schedule.linear", "num_timesteps": 5, "beta_start": 0.1}, beta_end=0.2)
+    assert table.shape == (5,)
+    assert build({"_target_": "torch.nn.Linear", "in_features": 2}, out_features=3).weight.shape == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os.system", ".data.video.os.system", ".models.unet.torch.load", ".metrics.i3d.install_i3d", "src.models.unet.UNet3d"],
+)
+def test_a_model_folder_builds_only_our_models(target: str, tmp_path: Path) -> None:
+    flag = tmp_path / "executed"
+    node = {"_target_": target, "command": f"touch {flag}"}
+    with pytest.raises(ConfigError):
+        build(node, trusted=False)
+    nested = {"_target_": ".models.unet.UNet3d", "attention": node}
+    with pytest.raises(ConfigError):
+        build(nested, trusted=False)
+    assert not flag.exists()
+
+
+def test_live_objects_arrive_as_they_are() -> None:
+    """Hydra would turn a dataclass into a dictionary, and copy modules."""
+    from src.diffusion.parameterization import Parameterization
+
+    process = Parameterization(torch.tensor([0.9, 0.5]), "v")
+    partial = build({"_target_": "builtins.dict", "_partial_": True}, process=process)
+    assert partial()["process"] is process
+
+
+def test_differences_name_keys_old_and_new_but_not_harmless_ones() -> None:
+    old = {"seed": 0, "train": {"num_steps": 10, "batch_size": 4}, "machine": {"precision": "no"}}
+    new = {"seed": 1, "train": {"num_steps": 20, "batch_size": 4, "decay": "cosine"}, "machine": {"precision": "bf16"}}
+    assert difference(old, new) == ["  seed: 0 -> 1", "  train.decay: (none) -> cosine"]
+
+
+def test_a_run_folder_keeps_its_config(tmp_path: Path) -> None:
+    cfg = composed("train", "+experiment=tiny")
+    claim_run_folder(cfg, tmp_path)
+    (tmp_path / "state").mkdir()
+    claim_run_folder(composed("train", "+experiment=tiny", "train.num_steps=99"), tmp_path)
+    assert OmegaConf.load(tmp_path / "config.yaml").train.num_steps == 99
+    with pytest.raises(ConfigError, match=r"optimizer.lr: 0.0015 -> 0.1[\s\S]*name="):
+        claim_run_folder(composed("train", "+experiment=tiny", "optimizer.lr=0.1"), tmp_path)

@@ -1,0 +1,140 @@
+"""The loop's parts: learning rate, averages, state on disk."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from src.training import checkpoint
+from src.training.ema import Ema
+from src.training.learning_rate import learning_rate_factor
+from src.training.tracker import Tracker
+
+
+def test_learning_rate_warms_up_and_falls_like_a_cosine() -> None:
+    rates = [learning_rate_factor(step, 100, warmup_steps=10, decay="cosine") for step in range(100)]
+    assert rates[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5 * (1 + math.cos(math.pi * 45 / 90)))
+    assert rates[99] == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
+    assert learning_rate_factor(10**6, 100, warmup_steps=0, decay="constant") == 1.0
+    with pytest.raises(ValueError, match="constant or cosine"):
+        learning_rate_factor(0, 1, warmup_steps=0, decay="linear")
+
+
+def test_average_follows_its_recursion() -> None:
+    layer = nn.Linear(1, 1, bias=False)
+    layer.register_buffer("seen", torch.zeros(()))
+    nn.init.constant_(layer.weight, 1.0)
+    ema = Ema({"layer": layer}, 0.3)
+    expected = 1.0
+    for n in range(1, 30):
+        nn.init.constant_(layer.weight, float(n))
+        layer.seen.fill_(n)
+        ema.update({"layer": layer}, n)
+        decay = min(0.3, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+    average = ema.modules["layer"]
+    assert average.weight.item() == pytest.approx(expected, rel=1e-6)
+    assert average.seen.item() == 29 and not average.weight.requires_grad
+
+
+def make_state(step: int) -> checkpoint.State:
+    torch.manual_seed(step)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, betas=(0.5, 0.9))
+    for _ in range(3):
+        net(torch.randn(8, 3)).square().sum().backward()
+        optimizer.step()
+    return checkpoint.State(
+        modules={"net": net},
+        averages={"net": nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))},
+        optimizers={"net": optimizer},
+        running={"weight": torch.tensor(float(step))},
+        progress={"step": step, "seconds": 1.5},
+    )
+
+
+def assert_equal_states(a: checkpoint.State, b: checkpoint.State) -> None:
+    for one, other in ((a.modules, b.modules), (a.averages, b.averages)):
+        for name in one:
+            for (key, x), y in zip(one[name].state_dict().items(), other[name].state_dict().values(), strict=True):
+                assert torch.equal(x, y), key
+    x, y = a.optimizers["net"].state_dict(), b.optimizers["net"].state_dict()
+    assert x["state"].keys() == y["state"].keys() and len(x["state"]) == 4
+    for parameter, values in x["state"].items():
+        for key, value in values.items():
+            assert torch.equal(value, y["state"][parameter][key]), key
+    assert [{**g, "betas": list(g["betas"])} for g in x["param_groups"]] == [
+        {**g, "betas": list(g["betas"])} for g in y["param_groups"]
+    ]
+    assert a.running == b.running and a.progress == b.progress
+
+
+def test_state_comes_back_bit_for_bit_and_old_ones_go(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        checkpoint.save(tmp_path, make_state(step), keep=2)
+    assert [path.name for path in checkpoint.list_states(tmp_path)] == ["step_000000020", "step_000000030"]
+    loaded = make_state(99)
+    assert checkpoint.load_latest(tmp_path, loaded)
+    assert_equal_states(loaded, make_state(30))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "json"])
+def test_a_damaged_state_is_reported_and_the_one_before_it_used(damage: str, tmp_path: Path) -> None:
+    for step in (10, 20):
+        checkpoint.save(tmp_path, make_state(step), keep=3)
+    newest = tmp_path / "step_000000020"
+    victim = newest / ("state.json" if damage == "json" else "modules.safetensors")
+    content = bytearray(victim.read_bytes())
+    if damage == "remove":
+        victim.unlink()
+    elif damage == "flip":
+        content[-1] ^= 1
+        victim.write_bytes(content)
+    else:
+        victim.write_bytes(content[: len(content) // 2])
+    told: list[str] = []
+    loaded = make_state(99)
+    assert checkpoint.load_latest(tmp_path, loaded, report=told.append)
+    assert_equal_states(loaded, make_state(10))
+    assert "step_000000020" in told[0] and not newest.exists()
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, make_state(10), keep=1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_sync_and_hash", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path, make_state(20), keep=1)
+    assert os.listdir(tmp_path) == ["step_000000010"]
+
+
+def test_nothing_there_is_not_an_error_but_another_model_is(tmp_path: Path) -> None:
+    assert not checkpoint.load_latest(tmp_path / "none", make_state(1))
+    checkpoint.save(tmp_path, make_state(10), keep=1)
+    other = make_state(1)
+    other.modules = {"net": nn.Linear(3, 4)}
+    with pytest.raises(ValueError, match="belongs to another model"):
+        checkpoint.load_latest(tmp_path, other)
+
+
+def test_rows_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, 0, 8.0, tensorboard=False)
+    for step in (5, 10, 15):
+        tracker.log(step, {"loss": float(step)})
+    tracker.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "lo')  # killed in the middle of a line
+    tracker = Tracker(tmp_path, 10, 8.0, tensorboard=False)
+    tracker.log(15, {"loss": 0.5})
+    tracker.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(5, 5.0), (10, 10.0), (15, 0.5)]
