@@ -41,7 +41,7 @@ def test_i3d_features_enlarges_in_chunks_and_in_order():
         return video.mean(dim=(2, 3, 4))
 
     video = torch.arange(5.0).reshape(5, 1, 1, 1, 1).expand(5, 3, 9, 8, 10)
-    features = i3d_features(network, video, chunk=2)
+    features = i3d_features(network, video)
     assert seen == [(2, 3, 9, 224, 224)] * 2 + [(1, 3, 9, 224, 224)]
     torch.testing.assert_close(features, torch.arange(5.0)[:, None].expand(5, 3))
 

@@ -101,9 +101,22 @@ def test_the_mean_over_time_is_taken_over_all_positions(network):
     torch.testing.assert_close(network(video), each.mean(0), rtol=1e-4, atol=1e-4)
 
 
-def test_it_is_frozen_and_deterministic_whatever_mode(network):
+def test_it_is_frozen(network):
     assert not any(p.requires_grad for p in network.parameters())
     assert not network(torch.zeros(1, 3, 9, 224, 224, requires_grad=True)).requires_grad
+
+
+def test_the_surroundings_precision_does_not_reach_it(network):
+    video = torch.rand(1, 3, 9, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = network(video)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = network(video)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(features, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
