@@ -143,7 +143,8 @@ class TrainConfig:
     conditioning: Any = None
     class_conditional: Any = None
     sampler: Any = None
-    latents: Any = None
+    latents: str | None = None
+    clips_per_video: int = 1
 
 
 @dataclass

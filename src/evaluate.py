@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .metrics.features import FeatureExtractor
-    from .model_folder import DiffusionModel
+    from .model_folder import DataRecord, DiffusionModel
 
 NUM_SHOWN = 8
 FOLDER_OF_SAMPLES = {
@@ -80,7 +80,7 @@ def main(cfg: DictConfig) -> None:
     elif cfg.protocol.features is not None:
         raise ConfigError(f"protocol.features={cfg.protocol.features} is unknown; choose i3d or null")
 
-    node = clip_geometry(cfg.dataset, model)
+    node = clip_geometry(cfg.dataset, None if model is None else model.data)
     training = build(node, split=cfg.protocol.split, seed=cfg.seed)
     notes = [] if model is None else differences(training, model)
     num_real = min(cfg.protocol.num_real, len(training))
@@ -191,7 +191,7 @@ def main(cfg: DictConfig) -> None:
     print(f"written to {output}")
 
 
-def clip_geometry(dataset: DictConfig, model: "DiffusionModel | None") -> dict[str, Any]:
+def clip_geometry(dataset: DictConfig, record: "DataRecord | None") -> dict[str, Any]:
     """The dataset node, with what it leaves open (null) as in the model's training."""
     from omegaconf import OmegaConf
 
@@ -199,9 +199,9 @@ def clip_geometry(dataset: DictConfig, model: "DiffusionModel | None") -> dict[s
     assert isinstance(node, dict)
     for fact in CLIP_FACTS:
         if node.get(fact) is None:
-            if model is None:
+            if record is None:
                 raise ConfigError(f"dataset.{fact} must be given, as there is no model to take it from")
-            value = getattr(model.data, fact)
+            value = getattr(record, fact)
             node[fact] = list(value) if fact == "resolution" else value
     return {str(key): value for key, value in node.items()}
 

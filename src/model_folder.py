@@ -120,7 +120,7 @@ def save_diffusion(
         inside.mkdir()
         record = {"kind": "autoencoder", "autoencoder": autoencoder_node, "data": asdict(data), "step": 0}
         if "folder" in autoencoder_node:  # a trained one brings its own record
-            record = {k: v for k, v in _autoencoder_config(autoencoder_node["folder"])[1].items() if k != "format"}
+            record = {k: v for k, v in autoencoder_config(autoencoder_node["folder"])[1].items() if k != "format"}
         _write(inside, autoencoder, record)
         _write(
             temporary,
@@ -135,7 +135,7 @@ def save_diffusion(
         )
 
 
-def _autoencoder_config(folder: str) -> tuple[Path, dict[str, Any]]:
+def autoencoder_config(folder: str) -> tuple[Path, dict[str, Any]]:
     """Where an autoencoder's weights are, and its config; a diffusion model's folder holds one, too."""
     path = Path(folder)
     config = read_config(path, remedy="python -m src.train +experiment=…_autoencoder")
@@ -152,7 +152,7 @@ def load_autoencoder(folder: str) -> nn.Module:
         FileNotFoundError: if there is no model folder; the message says how one is made.
         ValueError: if the folder isn't an autoencoder's, or its weights don't fit.
     """
-    path, config = _autoencoder_config(folder)
+    path, config = autoencoder_config(folder)
     autoencoder = build(config["autoencoder"], trusted=False)
     _fill(autoencoder, path)
     return autoencoder.requires_grad_(False).eval()
@@ -193,9 +193,14 @@ def load_diffusion(folder: str, trained: bool = True) -> DiffusionModel:
         masking=masking_of(config["conditioning"], trusted=False),
         class_conditional=config["class_conditional"],
         window=tuple(config["window"]),
-        data=DataRecord(**config["data"]),
+        data=data_record(config),
         step=config["step"],
     )
+
+
+def data_record(config: dict[str, Any]) -> DataRecord:
+    """The data that a model folder's config says the model was trained on."""
+    return DataRecord(**config["data"])
 
 
 def masking_of(node: dict[str, Any], trusted: bool = True) -> FrameMasking:

@@ -73,9 +73,18 @@ def main(cfg: DictConfig) -> None:
 
     source: Any = dataset
     if cfg.get("latents") is not None:
-        from .encode import cached_latents
+        from .encode import encode
 
-        source = cached_latents(cfg.latents, cfg.autoencoder.folder, dataset, cfg.seed, accelerator)
+        with accelerator.main_process_first():
+            source = encode(
+                dataset,
+                cfg.autoencoder.folder,
+                Path(cfg.latents),
+                clips_per_video=cfg.clips_per_video,
+                batch_size=min(settings.batch_size, 16),
+                seed=cfg.seed,
+                device=accelerator.device,
+            )
 
     def sampler(start_step: int, num_steps: int | None = None, everything: bool = False) -> PositionSampler:
         return PositionSampler(

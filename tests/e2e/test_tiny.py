@@ -1,0 +1,181 @@
+"""The smallest run through every room, as a user runs it: the verbs, in a folder of its own."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def verb(folder: Path, name: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs ``python -m src.VERB`` with everything it writes under ``folder``."""
+    result = subprocess.run(
+        [sys.executable, "-m", f"src.{name}", *arguments],
+        cwd=ROOT,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if check and result.returncode:
+        raise AssertionError(f"{name} {arguments} ended in {result.returncode}:\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def environment(folder: Path) -> dict[str, str]:
+    # The I3D cache of the machine is kept: it is checked by its own tests.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"}
+
+
+def at(folder: Path) -> list[str]:
+    return [f"runs={folder}/runs", f"dataset.root={folder}/data", f"dataset.cache={folder}/cache"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where both stages of the tiny experiment have been trained."""
+    folder = tmp_path_factory.mktemp("tiny")
+    verb(folder, "train", "+experiment=tiny_autoencoder", *at(folder))
+    verb(folder, "train", "+experiment=tiny", *at(folder))
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_both_stages_leave_a_complete_run(home: Path) -> None:
+    for name in ("tiny_autoencoder", "tiny"):
+        run = home / "runs" / name
+        assert (run / "model" / "weights.safetensors").is_file() and (run / "config.yaml").is_file()
+        assert list((run / "tensorboard").glob("events*")) and list((run / "previews").glob("*/*.webp"))
+        steps = [row["step"] for row in rows(run)]
+        assert steps == sorted(steps) and len(steps) >= 6
+    losses = [row["autoencoder/pixel"] for row in rows(home / "runs/tiny_autoencoder") if "autoencoder/pixel" in row]
+    assert losses[-1] < 0.6 * losses[0]
+    model = load_file(home / "runs/tiny/model/autoencoder/weights.safetensors")
+    assert (model["latent_std"] - 1).abs().max() > 1e-3, "latent statistics were measured"
+
+
+def test_sample_17_is_sample_17_in_any_batch(home: Path) -> None:
+    from src.data.video import read_clip
+
+    model = home / "runs/tiny/model"
+    verb(home, "sample", f"model={model}", "num_samples=3", "first_seed=15", "batch_size=3", f"output={home}/a")
+    verb(home, "sample", f"model={model}", "num_samples=1", "first_seed=17", f"output={home}/b")
+    a, b = (read_clip(home / name / "sample_000017.mp4", 0, 16).astype(int) for name in "ab")
+    # One level before encoding; the encoder can turn that into a few at single pixels.
+    assert abs(a - b).max() <= 4 and abs(a - b).mean() < 0.05
+    description = json.loads((home / "a/samples.json").read_text())
+    assert [entry["seed"] for entry in description["samples"]] == [15, 16, 17]
+
+
+def test_long_videos_have_the_length_that_was_asked_for(home: Path) -> None:
+    from src.data.video import probe
+
+    model = home / "runs/tiny/model"
+    verb(home, "sample", f"model={model}", "num_samples=1", "num_frames=45", f"output={home}/long")
+    assert probe(home / "long/sample_000000.mp4").num_frames == 45
+
+
+def test_evaluation_and_page(home: Path) -> None:
+    few = ["protocol=quick", "protocol.num_real=6", "protocol.num_generated=6", "dataset=synthetic_tiny"]
+    run = home / "runs/tiny"
+    verb(home, "evaluate", f"model={run}/model", *few, *at(home)[1:])
+    record = json.loads((run / "evaluation.json").read_text())
+    assert "frechet_distance_i3d_n6" in record["metrics"], "never called FVD"
+    assert not any(name in ("fvd", "kvd") for name in record["metrics"])
+    assert record["metrics"]["reconstruction_psnr"] > 5 and record["notes"] == []
+    assert all((run / video).is_file() for videos in record["videos"].values() for video in videos)
+    verb(home, "report", f"runs=[{home}/runs/tiny_autoencoder,{run}]", f"output={home}/page.html")
+    page = (home / "page.html").read_text()
+    assert "frechet_distance_i3d_n6" in page and "data:video/mp4" in page
+    assert not re.search(r'(src|href)="https?://', page), "the page needs nothing from elsewhere"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["tiny_autoencoder", "tiny"])
+def test_killed_and_run_again_gives_the_same_bits(experiment: str, home: Path, tmp_path: Path) -> None:
+    """kill -9 at some moment, then the same command: weights, state and logged losses as without the kill."""
+    straight = home / "runs" / experiment
+    command = [f"+experiment={experiment}", f"name=killed_{experiment}", *at(home), "logger=jsonl"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "src.train", *command], cwd=ROOT, env=environment(home), stdout=subprocess.DEVNULL
+    )
+    killed = home / "runs" / f"killed_{experiment}"
+    deadline = time.monotonic() + 120
+    while not list((killed / "state").glob("step_*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model").exists(), "killed in the middle"
+    output = verb(home, "train", *command).stdout
+    assert "going on after step" in output
+    for file in ("modules", "averages", "optimizers", "running"):
+        last = sorted((straight / "state").glob("step_*"))[-1].name
+        a, b = (load_file(run / "state" / last / f"{file}.safetensors") for run in (straight, killed))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a), file
+    assert (straight / "model/weights.safetensors").read_bytes() == (killed / "model/weights.safetensors").read_bytes()
+    without_time = [{k: v for k, v in row.items() if k != "time"} for row in rows(straight)]
+    assert without_time == [{k: v for k, v in row.items() if k != "time"} for row in rows(killed)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["tiny_autoencoder", "tiny"])
+def test_two_processes_and_accumulation_change_rounding_only(experiment: str, home: Path) -> None:
+    straight = home / "runs" / experiment
+    common = [f"+experiment={experiment}", *at(home), "logger=jsonl"]
+    verb(home, "train", *common, "name=accumulated", "train.micro_batch_size=2")
+    launched = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "src.train",
+         *common, "name=two_processes"],
+        cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert launched.returncode == 0, launched.stderr
+    expected = {row["step"]: row for row in rows(straight)}
+    for name in ("accumulated", "two_processes"):
+        for row in rows(home / "runs" / name)[:2]:
+            for key, value in row.items():
+                if key.endswith(("loss", "pixel", "gradient_norm")):
+                    assert value == pytest.approx(expected[row["step"]][key], rel=2e-3, abs=1e-6), (name, row["step"], key)
+        for path in (home / "runs" / name).iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+        (home / "runs" / name / "config.yaml").unlink()
+
+
+BAD = [
+    (["train", "+experiment=nonsense"], "Available options in 'experiment'[\\s\\S]*tiny"),
+    (["train", "+experimnt=tiny"], "Did you mean experiment"),
+    (["train", "+experiment=ucf101_autoencoder", "dataset.root=nowhere"], "UCF-101[\\s\\S]*src.prepare dataset=ucf101"),
+    (["train", "+experiment=tiny", "autoencoder.folder=nowhere"], "no model at nowhere[\\s\\S]*src.train"),
+    (["train", "+experiment=tiny_autoencoder", "dataset.resolution=30"], "multiple of 4; use 28 or 32"),
+    (["train", "+experiment=tiny_autoencoder", "dataset.num_frames=80"], "too short"),
+    (["train", "+experiment=tiny_autoencoder", "train.micro_batch_size=3"], "must divide"),
+    (["sample", "model=conf"], "expected config.yaml and weights.safetensors"),
+    (["evaluate"], "either model="),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments, message", BAD, ids=[" ".join(arguments)[:60] for arguments, _ in BAD])
+def test_bad_input_ends_in_one_clear_message(arguments: list[str], message: str, home: Path) -> None:
+    extra = at(home) if arguments[0] == "train" else []
+    extra = [e for e in extra if not any(a.startswith(e.split("=")[0]) for a in arguments)]
+    result = verb(home, arguments[0], *arguments[1:], *extra, check=False)
+    assert result.returncode != 0
+    text = result.stdout + result.stderr
+    assert re.search(message, text), text
+    assert "Traceback" not in text
