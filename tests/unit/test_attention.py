@@ -40,22 +40,23 @@ def naive(q: Tensor, k: Tensor, v: Tensor, relative: RelativePosition, num_frame
 
 
 @pytest.mark.parametrize("as_released", [False, True])
-@pytest.mark.parametrize(("num_frames", "tokens_per_frame"), [(4, 1), (1, 5), (3, 4), (6, 2)])
-def test_widened_heads_equal_the_definition(num_frames, tokens_per_frame, as_released):
+@pytest.mark.parametrize(("num_frames", "tokens_per_frame"), [(4, 1), (12, 1), (1, 5), (3, 4), (6, 2)])
+def test_relative_position_equals_the_definition(num_frames, tokens_per_frame, as_released):
     torch.manual_seed(0)
     relative = RelativePosition(8, max_distance=3, as_released=as_released).double()
-    q, k, v = torch.randn(3, 2, 2, num_frames * tokens_per_frame, 8, dtype=torch.float64)
-    actual = relative(q, k, v, num_frames)
-    torch.testing.assert_close(actual, naive(q, k, v, relative, num_frames), rtol=0, atol=1e-10)
+    qkv = torch.randn(3, 2, 2, num_frames * tokens_per_frame, 8, dtype=torch.float64)
+    actual = relative(qkv, num_frames)
+    torch.testing.assert_close(actual, naive(*qkv, relative, num_frames), rtol=0, atol=1e-10)
 
 
-def test_tables_learn_as_by_the_definition():
+@pytest.mark.parametrize("tokens_per_frame", [1, 3])
+def test_gradients_are_those_of_the_definition(tokens_per_frame):
     torch.manual_seed(0)
     relative = RelativePosition(4, max_distance=2, as_released=False).double()
-    q, k, v = torch.randn(3, 1, 2, 4 * 3, 4, dtype=torch.float64)
+    qkv = torch.randn(3, 2, 2, 4 * tokens_per_frame, 4, dtype=torch.float64, requires_grad=True)
     gradients = [
-        torch.autograd.grad(out.square().sum(), [relative.key, relative.value])
-        for out in (relative(q, k, v, 4), naive(q, k, v, relative, 4))
+        torch.autograd.grad(out.square().sum(), [qkv, relative.key, relative.value])
+        for out in (relative(qkv, 4), naive(*qkv, relative, 4))
     ]
     for actual, expected in zip(*gradients, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
