@@ -22,6 +22,7 @@ def main(cfg: DictConfig) -> None:
     """Writes one mp4 a sample, a contact sheet, and a list of seeds and classes."""
     from contextlib import ExitStack
 
+    import torch
     import torch.distributed
     from accelerate import PartialState
     from tqdm import tqdm
@@ -36,7 +37,7 @@ def main(cfg: DictConfig) -> None:
     num_given = typed(cfg, "plan", PlanSettings).num_given
     if cfg.num_samples < 1 or cfg.batch_size < 1:
         raise ConfigError(f"num_samples and batch_size must be at least 1, got {cfg.num_samples}, {cfg.batch_size}")
-    processes = PartialState() if "WORLD_SIZE" in os.environ else None
+    processes = PartialState(cpu=not torch.cuda.is_available()) if "WORLD_SIZE" in os.environ else None
     rank = 0 if processes is None else processes.process_index
     world_size = 1 if processes is None else processes.num_processes
 

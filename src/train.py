@@ -1,7 +1,5 @@
 """Train a stage: ``python -m src.train +experiment=ucf101``. The same command resumes."""
 
-import itertools
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -271,5 +269,4 @@ def _diffusion_stage(
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
     main()

@@ -1,6 +1,7 @@
 """Which device, how many processes, what precision."""
 
 import os
+import warnings
 
 import torch
 from accelerate import Accelerator
@@ -44,10 +45,13 @@ def make_accelerator(
             f"each of {world_size} process(es) has {share} of train.batch_size={batch_size} clips; "
             f"train.micro_batch_size={micro_batch_size} must divide that"
         )
+    # PyTorch renames the option from 2.13 on; the old name is the one that all supported releases know.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")
     # Runs of one multirun follow each other in one process, and may differ in precision.
     AcceleratorState._reset_state()
     GradientState._reset_state()
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # without it, Accelerate forms no group of CPU processes
         mixed_precision=precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=share // micro_batch_size, sync_with_dataloader=False
@@ -55,6 +59,11 @@ def make_accelerator(
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.num_processes != world_size:
+        raise ValueError(
+            f"launched as {world_size} processes, but {accelerator.num_processes} found each other; "
+            "use torchrun --nproc_per_node N -m src.train …"
+        )
     return accelerator, micro_batch_size
 
 
