@@ -103,7 +103,7 @@ class FrameMasking:
 
     prediction: float
     interpolation: float
-    num_given: tuple[int, ...]
+    num_given: list[int]
     max_noise_level: int
     class_dropout: float
 
@@ -125,21 +125,27 @@ class FrameMasking:
         """Whether any clip is ever given frames, so that the network needs a mask channel."""
         return self.prediction > 0 or self.interpolation > 0
 
-    def mask(self, num_frames: int, generator: torch.Generator) -> Tensor:
-        """The mask of one clip, float32 of shape ``(num_frames,)``: 1 where the frame is given.
+    def check(self, num_frames: int) -> None:
+        """Refuses clips of so few latent frames that all of them could be given.
 
         Raises:
-            ValueError: if the choice would leave no frame to generate.
+            ValueError: with the numbers and the remedy.
         """
+        most = max([*self.num_given, 1]) if self.prediction > 0 else 0
+        if self.interpolation > 0:
+            most = max(most, 2)
+        if most >= num_frames:
+            raise ValueError(
+                f"up to {most} of {num_frames} latent frames would be given and none generated; "
+                f"train on longer clips or lower conditioning.num_given={list(self.num_given)}"
+            )
+
+    def mask(self, num_frames: int, generator: torch.Generator) -> Tensor:
+        """The mask of one clip, float32 of shape ``(num_frames,)``: 1 where the frame is given."""
         draw, choice = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         mask = torch.zeros(num_frames)
         if draw < self.interpolation:
             mask[0] = mask[-1] = 1.0
         elif draw < self.interpolation + self.prediction:
             mask[: self.num_given[int(choice * len(self.num_given))]] = 1.0
-        if bool(mask.all()):
-            raise ValueError(
-                f"all of {num_frames} latent frames would be given and none generated; "
-                f"train on longer clips or lower conditioning.num_given={list(self.num_given)}"
-            )
         return mask
