@@ -12,9 +12,11 @@ VERBS = {
 
 def main() -> None:
     """Prints the verbs."""
-    print("usage: python -m PACKAGE.VERB [group=option] [key=value] …   (--help says more)\n".replace(
-        "PACKAGE", str(__package__)
-    ))
+    print(
+        "usage: python -m PACKAGE.VERB [group=option] [key=value] …   (--help says more)\n".replace(
+            "PACKAGE", str(__package__)
+        )
+    )
     for name, purpose in VERBS.items():
         print(f"  {name:9} {purpose}")
 

@@ -304,7 +304,7 @@ def typed(cfg: DictConfig, name: str, schema: type) -> Any:
     """
     node = cfg[name]
     known = [field.name for field in fields(schema)]
-    for key in node:
+    for key in map(str, node):
         if key not in known:
             raise ConfigError(_unknown(f"{name}.{key}", [f"{name}.{other}" for other in known], "key"))
     try:
@@ -324,14 +324,14 @@ def _check_nodes(node: Any, path: str, left_open: set[str]) -> None:
         parameters = inspect.signature(target).parameters
         takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-        for key in node:
-            if str(key).startswith("_"):
+        for key in map(str, node):
+            if key.startswith("_"):
                 continue
             if key not in parameters and not takes_any:
                 raise ConfigError(_unknown(f"{path}.{key}", [f"{path}.{p}" for p in parameters], "key"))
             if node[key] is not None or f"{path}.{key}" not in left_open:
-                _check_type(hints.get(str(key)), node[key], f"{path}.{key}")
-    for key in node:
+                _check_type(hints.get(key), node[key], f"{path}.{key}")
+    for key in map(str, node):
         _check_nodes(node[key], f"{path}.{key}", left_open)
 
 
@@ -412,7 +412,9 @@ def _resolve_targets(node: Any, trusted: bool) -> Any:
     resolved = {key: _resolve_targets(value, trusted) for key, value in node.items()}
     if "_target_" in resolved:
         target = str(resolved["_target_"])
-        located = None if not trusted and not target.startswith((".models.", ".diffusion.")) else _locate(target)
+        located = (
+            None if not trusted and not target.startswith((".models.", ".diffusion.")) else _locate(target)
+        )
         ours = (f"{PACKAGE}.models.", f"{PACKAGE}.diffusion.")
         if not trusted and not str(getattr(located, "__module__", "")).startswith(ours):
             raise ConfigError(

@@ -56,7 +56,7 @@ def encode(
     from tqdm import tqdm
 
     from .data.latents import LatentDataset, LatentWriter
-    from .data.sampler import collate, to_batch
+    from .data.sampler import Batch, collate, to_batch
     from .model_folder import autoencoder_config, fingerprint, load_autoencoder
 
     if clips_per_video < 1:
@@ -81,6 +81,7 @@ def encode(
                 for start in range(done, total, batch_size):
                     items = [dataset[position] for position in range(start, min(start + batch_size, total))]
                     batch = to_batch(collate(items), device)
+                    assert isinstance(batch, Batch)
                     posterior = autoencoder.encode(batch.video)
                     scale = autoencoder.latent_std.view(-1, 1, 1, 1)
                     writer.write(autoencoder.normalize(posterior.mean), posterior.std / scale, batch.label)

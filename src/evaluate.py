@@ -1,4 +1,4 @@
-"""Measure a model, or any folder of videos: ``python -m src.evaluate model=runs/ucf101/model dataset=ucf101``."""
+"""Measure a model or some videos: ``python -m src.evaluate model=runs/ucf101/model dataset=ucf101``."""
 
 import json
 import os
@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from .config import CLIP_FACTS, ConfigError, EvaluateConfig, GuidanceSettings, MachineSettings, build, typed, verb
+from .config import (
+    CLIP_FACTS,
+    ConfigError,
+    EvaluateConfig,
+    GuidanceSettings,
+    MachineSettings,
+    build,
+    typed,
+    verb,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from .data.clips import ClipDataset
     from .metrics.features import FeatureExtractor
     from .model_folder import DataRecord, DiffusionModel
 
@@ -54,7 +64,6 @@ def main(cfg: DictConfig) -> None:
     """Writes ``evaluation.json``: distances named by their protocol, plain statistics, reconstruction."""
     import torch
 
-    from .data.sampler import held_out_batches
     from .metrics.features import I3D_RESIZE, i3d_features
     from .metrics.frechet import GaussianStatistics, frechet_distance
     from .metrics.i3d import load_i3d
@@ -97,10 +106,7 @@ def main(cfg: DictConfig) -> None:
         num_generated = min(cfg.protocol.num_generated, len(given))
         if num_generated < cfg.protocol.num_generated:
             notes.append(f"only {num_generated} videos in {cfg.samples}")
-        clips = (
-            batch.video
-            for batch in held_out_batches(given, batch_size=cfg.batch_size, num_clips=num_generated, device=device)
-        )
+        clips = _held_out(given, num_generated, cfg.batch_size, device)
         output = Path(cfg.output) if cfg.output else Path(cfg.samples) / "evaluation.json"
     generated = summarize(clips, num_generated, extractor, "generated")
 
@@ -123,7 +129,8 @@ def main(cfg: DictConfig) -> None:
         if real.features is None or other.features is None:
             return
         dim = real.features.shape[1]
-        a, b = (GaussianStatistics(dim).update(s.features) for s in (real, other))
+        a = GaussianStatistics(dim).update(real.features)
+        b = GaussianStatistics(dim).update(other.features)
         metrics[protocol.name("frechet_distance") + suffix] = frechet_distance(a, b)
         metrics[protocol.name("kernel_distance") + suffix] = kernel_distance(real.features, other.features)
 
@@ -141,12 +148,7 @@ def main(cfg: DictConfig) -> None:
     candidates = _training_pixels(training, cfg.batch_size, device)
     closest = nearest(generated.pixels, [candidates])
     held_out = build(node, split="test", seed=cfg.seed)
-    held_out_pixels = torch.cat(
-        [
-            _pixels(batch.video)
-            for batch in held_out_batches(held_out, batch_size=cfg.batch_size, num_clips=64, device=device)
-        ]
-    )
+    held_out_pixels = torch.cat([_pixels(video) for video in _held_out(held_out, 64, cfg.batch_size, device)])
     metrics |= {
         "contrast_real": real.contrast,
         "contrast_generated": generated.contrast,
@@ -158,7 +160,9 @@ def main(cfg: DictConfig) -> None:
         "pairwise_distance_generated": mean_pairwise_distance(generated.pixels),
         "pairwise_distance_ratio": mean_pairwise_distance(generated.pixels) / pairwise,
         "nearest_training_clip": float(closest.distances[:, 0].mean()),
-        "nearest_training_clip_of_held_out": float(nearest(held_out_pixels, [candidates]).distances[:, 0].mean()),
+        "nearest_training_clip_of_held_out": float(
+            nearest(held_out_pixels, [candidates]).distances[:, 0].mean()
+        ),
     }
     if model is not None:
         metrics |= _reconstruction(model, held_out, cfg.batch_size, device)
@@ -218,7 +222,7 @@ def samples_node(node: dict[str, Any], folder: str) -> dict[str, Any]:
     }
 
 
-def differences(dataset: Any, model: "DiffusionModel") -> list[str]:
+def differences(dataset: "ClipDataset", model: "DiffusionModel") -> list[str]:
     """What of the data differs from the model's training, in words."""
     pairs = {
         "data set": (model.data.name, dataset.name),
@@ -243,7 +247,10 @@ def summarize(
 
     from .metrics.video_statistics import contrast, motion_energy
 
-    features, pixels, shown = [], [], []
+    features: list[torch.Tensor] = []
+    pixels: list[torch.Tensor] = []
+    shown: list[torch.Tensor] = []
+    num_shown = 0
     sums = [0.0, 0.0]
     with tqdm(total=count, unit="video", desc=title) as bar:
         for video in videos:
@@ -252,8 +259,9 @@ def summarize(
             pixels.append(_pixels(video))
             sums[0] += float(contrast(video).mean(1).sum())
             sums[1] += float(motion_energy(video).mean(1).sum())
-            if sum(len(part) for part in shown) < NUM_SHOWN:
+            if num_shown < NUM_SHOWN:
                 shown.append(video.cpu())
+                num_shown += len(video)
             bar.update(len(video))
     number = sum(len(part) for part in pixels)
     return Summary(
@@ -271,7 +279,9 @@ def _pixels(video: "Tensor") -> "Tensor":
     return pixel_features(video).cpu()
 
 
-def _real_clips(dataset: Any, count: int, batch_size: int, device: "torch.device") -> "Iterator[Tensor]":
+def _real_clips(
+    dataset: "ClipDataset", count: int, batch_size: int, device: "torch.device"
+) -> "Iterator[Tensor]":
     """One random clip of each of ``count`` videos."""
     from .data.sampler import Batch, PositionSampler, batches
 
@@ -283,6 +293,17 @@ def _real_clips(dataset: Any, count: int, batch_size: int, device: "torch.device
         assert isinstance(batch, Batch)
         yield batch.video[:left]
         left -= len(batch.video)
+
+
+def _held_out(
+    dataset: "ClipDataset", count: int, batch_size: int, device: "torch.device"
+) -> "Iterator[Tensor]":
+    """The middle clip of ``count`` videos, spread evenly."""
+    from .data.sampler import Batch, held_out_batches
+
+    for batch in held_out_batches(dataset, batch_size=batch_size, num_clips=count, device=device):
+        assert isinstance(batch, Batch)
+        yield batch.video
 
 
 def _generated(cfg: DictConfig, model: "DiffusionModel", count: int, scale: float) -> "Iterator[Tensor]":
@@ -297,7 +318,7 @@ def _generated(cfg: DictConfig, model: "DiffusionModel", count: int, scale: floa
         yield to_video(to_frames(video.cpu())).to(generator.device)
 
 
-def _training_pixels(dataset: Any, batch_size: int, device: "torch.device") -> "Tensor":
+def _training_pixels(dataset: "ClipDataset", batch_size: int, device: "torch.device") -> "Tensor":
     """Small versions of one clip of each training video (2,048 at most)."""
     import torch
 
@@ -305,36 +326,32 @@ def _training_pixels(dataset: Any, batch_size: int, device: "torch.device") -> "
     return torch.cat([_pixels(video) for video in _real_clips(dataset, count, batch_size, device)])
 
 
-def _clips_at(dataset: Any, positions: list[int], device: "torch.device") -> "Tensor":
-    from .data.sampler import collate, to_batch
+def _clips_at(dataset: "ClipDataset", positions: list[int], device: "torch.device") -> "Tensor":
+    from .data.sampler import Batch, collate, to_batch
 
     batch = to_batch(collate([dataset[position] for position in positions]), device)
+    assert isinstance(batch, Batch)
     return batch.video.cpu()
 
 
 def _reconstruction(
-    model: "DiffusionModel", dataset: Any, batch_size: int, device: "torch.device"
+    model: "DiffusionModel", dataset: "ClipDataset", batch_size: int, device: "torch.device"
 ) -> dict[str, float]:
     """How well held-out clips survive the autoencoder, and how well a still picture would do."""
     import torch
 
-    from .data.sampler import held_out_batches
     from .data.transforms import to_frames, to_video
     from .metrics.reconstruction import psnr, ssim
 
     scores: dict[str, list[torch.Tensor]] = {}
 
-    def videos() -> Iterator[torch.Tensor]:
-        for batch in held_out_batches(dataset, batch_size=batch_size, num_clips=256, device=device):
-            yield batch.video
-
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for video in videos():
+    for video in _held_out(dataset, 256, batch_size, device):
         total = total + video.double().cpu().mean(2).sum(0)
         count += len(video)
     mean_frame = (total / count).float()[None, :, None].to(device)
     with torch.no_grad():
-        for video in videos():
+        for video in _held_out(dataset, 256, batch_size, device):
             latents = model.autoencoder.encode(video).mean
             decoded = model.autoencoder.decode(latents).clamp(-1, 1)
             rounded = to_video(to_frames(decoded.cpu())).to(device)

@@ -12,6 +12,7 @@ from .diffusion.guidance import guided
 from .diffusion.long_video import autoregressive, leading_mask
 from .diffusion.parameterization import Parameterization
 from .diffusion.samplers import Sampler
+from .models.autoencoder import LatentSpace
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class VideoGenerator:
             or 0 for clean latents in a model trained without perturbation.
     """
 
-    autoencoder: nn.Module
+    autoencoder: LatentSpace
     unet: nn.Module
     parameterization: Parameterization
     sampler: Sampler
@@ -76,9 +77,7 @@ class VideoGenerator:
         device = self.device
 
         def draw(purpose: str) -> Tensor:
-            noise = [
-                torch.randn(self.window, generator=_generator(seed, index, purpose)) for seed in seeds
-            ]
+            noise = [torch.randn(self.window, generator=_generator(seed, index, purpose)) for seed in seeds]
             return torch.stack(noise).to(device)
 
         frames, latents_given, mask = None, None, None
@@ -103,7 +102,9 @@ class VideoGenerator:
             label = label.to(device)
         condition = Condition(frames, label)
         # Without anything given both halves of guidance would be the same prediction.
-        informed = (given is not None and given.shape[2] > 0) or (label is not None and bool((label >= 0).any()))
+        informed = (given is not None and given.shape[2] > 0) or (
+            label is not None and bool((label >= 0).any())
+        )
         denoiser = guided(denoiser_of(self.unet), self.guidance_scale if informed else 1.0)
 
         def denoise(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
@@ -160,7 +161,9 @@ class VideoGenerator:
             if held is not None:
                 overlap = held.shape[2]
                 fade = torch.linspace(0, 1, overlap + 2, device=video.device)[1:-1].reshape(1, 1, -1, 1, 1)
-                video = torch.cat([torch.lerp(held, video[:, :, :overlap], fade), video[:, :, overlap:]], dim=2)
+                video = torch.cat(
+                    [torch.lerp(held, video[:, :, :overlap], fade), video[:, :, overlap:]], dim=2
+                )
             context = joined[:, :, -num_given:]
             overlap = context.shape[2] * factor
             ready, held = video[:, :, :-overlap], video[:, :, -overlap:]

@@ -23,6 +23,7 @@ from .diffusion.conditioning import FrameMasking
 from .diffusion.parameterization import Parameterization
 from .diffusion.samplers import Sampler
 from .generation import VideoGenerator
+from .models.autoencoder import LatentSpace
 
 FORMAT = 1
 
@@ -66,7 +67,7 @@ class DiffusionModel:
     """
 
     unet: nn.Module
-    autoencoder: nn.Module
+    autoencoder: LatentSpace
     parameterization: Parameterization
     masking: FrameMasking
     class_conditional: bool
@@ -101,7 +102,11 @@ def save_autoencoder(
 ) -> None:
     """Writes an autoencoder's folder, replacing an older one only once the new one is complete."""
     with _replaced(folder) as temporary:
-        _write(temporary, autoencoder, {"kind": "autoencoder", "autoencoder": node, "data": asdict(data), "step": step})
+        _write(
+            temporary,
+            autoencoder,
+            {"kind": "autoencoder", "autoencoder": node, "data": asdict(data), "step": step},
+        )
 
 
 def save_diffusion(
@@ -120,7 +125,9 @@ def save_diffusion(
         inside.mkdir()
         record = {"kind": "autoencoder", "autoencoder": autoencoder_node, "data": asdict(data), "step": 0}
         if "folder" in autoencoder_node:  # a trained one brings its own record
-            record = {k: v for k, v in autoencoder_config(autoencoder_node["folder"])[1].items() if k != "format"}
+            record = {
+                k: v for k, v in autoencoder_config(autoencoder_node["folder"])[1].items() if k != "format"
+            }
         _write(inside, autoencoder, record)
         _write(
             temporary,
@@ -145,7 +152,7 @@ def autoencoder_config(folder: str) -> tuple[Path, dict[str, Any]]:
     return path, config
 
 
-def load_autoencoder(folder: str) -> nn.Module:
+def load_autoencoder(folder: str) -> LatentSpace:
     """The frozen autoencoder of a model folder, or the one inside a diffusion model's folder.
 
     Raises:
@@ -154,6 +161,8 @@ def load_autoencoder(folder: str) -> nn.Module:
     """
     path, config = autoencoder_config(folder)
     autoencoder = build(config["autoencoder"], trusted=False)
+    if not isinstance(autoencoder, LatentSpace):
+        raise ValueError(f"{path} names {type(autoencoder).__name__}, which is no autoencoder")
     _fill(autoencoder, path)
     return autoencoder.requires_grad_(False).eval()
 
@@ -269,7 +278,9 @@ def _fill(module: nn.Module, folder: Path) -> None:
     weights = load_file(folder / "weights.safetensors")
     expected = module.state_dict()
     wrong = sorted(weights.keys() ^ expected.keys())
-    wrong += [name for name in weights.keys() & expected.keys() if weights[name].shape != expected[name].shape]
+    wrong += [
+        name for name in weights.keys() & expected.keys() if weights[name].shape != expected[name].shape
+    ]
     if wrong:
         raise ValueError(f"the weights in {folder} don't fit its config.yaml; first differences: {wrong[:5]}")
     with torch.no_grad():

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from .config import ConfigError, GuidanceSettings, MachineSettings, PlanSettings, SampleConfig, build, typed, verb
+from .config import (
+    ConfigError,
+    GuidanceSettings,
+    MachineSettings,
+    PlanSettings,
+    SampleConfig,
+    build,
+    typed,
+    verb,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +45,9 @@ def main(cfg: DictConfig) -> None:
     scale = typed(cfg, "guidance", GuidanceSettings).scale
     num_given = typed(cfg, "plan", PlanSettings).num_given
     if cfg.num_samples < 1 or cfg.batch_size < 1:
-        raise ConfigError(f"num_samples and batch_size must be at least 1, got {cfg.num_samples}, {cfg.batch_size}")
+        raise ConfigError(
+            f"num_samples and batch_size must be at least 1, got {cfg.num_samples}, {cfg.batch_size}"
+        )
     processes = PartialState(cpu=not torch.cuda.is_available()) if "WORLD_SIZE" in os.environ else None
     rank = 0 if processes is None else processes.process_index
     world_size = 1 if processes is None else processes.num_processes
@@ -70,7 +81,11 @@ def main(cfg: DictConfig) -> None:
 
 
 def videos(
-    generator: "VideoGenerator", seeds: Sequence[int], labels: "Tensor | None", num_frames: int, num_given: int
+    generator: "VideoGenerator",
+    seeds: Sequence[int],
+    labels: "Tensor | None",
+    num_frames: int,
+    num_given: int,
 ) -> Iterator["Tensor"]:
     """Pieces of videos ``b c t h w``, one whole piece if they are no longer than the model's window."""
     window = generator.window[1] * generator.autoencoder.downsample[0]
@@ -91,7 +106,9 @@ def labels_of(model: "DiffusionModel", seeds: Sequence[int], choice: Any) -> "Te
     classes = model.data.classes
     if not model.class_conditional:
         if choice is not None:
-            raise ConfigError(f"labels={choice}: this model was trained without classes (class_conditional=false)")
+            raise ConfigError(
+                f"labels={choice}: this model was trained without classes (class_conditional=false)"
+            )
         return None
     if choice is None:
         return torch.tensor([seed % len(classes) for seed in seeds])
@@ -104,7 +121,12 @@ def labels_of(model: "DiffusionModel", seeds: Sequence[int], choice: Any) -> "Te
 
 
 def _describe(
-    cfg: DictConfig, model: "DiffusionModel", folder: Path, paths: list[Path], seeds: list[int], num_frames: int
+    cfg: DictConfig,
+    model: "DiffusionModel",
+    folder: Path,
+    paths: list[Path],
+    seeds: list[int],
+    num_frames: int,
 ) -> None:
     """Writes ``samples.json`` and ``contact_sheet.png``."""
     from .data.video import contact_sheet, read_clip

@@ -117,7 +117,7 @@ def main(cfg: DictConfig) -> None:
     }
     count = sum(p.numel() for module in stage.modules.values() for p in module.parameters())
     accelerator.print(
-        f"{folder}: {count:,} parameters in {' and '.join(stage.modules)}, {settings.batch_size} clips a step "
+        f"{folder}: {count:,} parameters in {' and '.join(stage.modules)}, {settings.batch_size} clips/step "
         f"({accelerator.num_processes} process(es) x {accelerator.gradient_accumulation_steps} micro-batches "
         f"of {micro_batch_size}), {accelerator.device}, precision {accelerator.mixed_precision}"
     )
@@ -146,7 +146,9 @@ def main(cfg: DictConfig) -> None:
 SaveModel = Callable[[Path, "nn.Module", int], None]
 
 
-def stage_of(cfg: DictConfig, dataset: "ClipDataset", accelerator: "Accelerator") -> tuple["Stage", SaveModel]:
+def stage_of(
+    cfg: DictConfig, dataset: "ClipDataset", accelerator: "Accelerator"
+) -> tuple["Stage", SaveModel]:
     """The stage that a config describes, and what writes its model folder."""
     from .model_folder import DataRecord
 

@@ -43,7 +43,10 @@ def generator() -> torch.Generator:
 
 def digest(*values: Any) -> str:
     """A fingerprint of tensors and of anything with a faithful text."""
-    text = [v.detach().double().numpy().tobytes() if isinstance(v, torch.Tensor) else repr(v).encode() for v in values]
+    text = [
+        v.detach().double().numpy().tobytes() if isinstance(v, torch.Tensor) else repr(v).encode()
+        for v in values
+    ]
     return hashlib.sha256(b"|".join(text)).hexdigest()
 
 
@@ -57,7 +60,9 @@ def complaint_or(function: Callable[[], Any]) -> Any:
 
 def of_autoencoder(option: str) -> Any:
     if option == "pretrained":
-        cfg = composed("train", "stage=autoencoder", "autoencoder=pretrained", "autoencoder.folder=nowhere", "name=x")
+        cfg = composed(
+            "train", "stage=autoencoder", "autoencoder=pretrained", "autoencoder.folder=nowhere", "name=x"
+        )
         return complaint_or(lambda: build(cfg.autoencoder))
     cfg = composed("train", "stage=autoencoder", f"autoencoder={option}", "name=x")
     torch.manual_seed(0)
@@ -84,7 +89,9 @@ def of_attention(option: str) -> Any:
 
 
 def of_noise_schedule(option: str) -> Any:
-    return build(composed("train", f"noise_schedule={option}", "name=x", "autoencoder.folder=x").noise_schedule)
+    return build(
+        composed("train", f"noise_schedule={option}", "name=x", "autoencoder.folder=x").noise_schedule
+    )
 
 
 def of_conditioning(option: str) -> Any:
@@ -102,14 +109,18 @@ def of_sampler(option: str) -> Any:
 
 
 def of_stage(option: str) -> Any:
-    cfg = composed("train", f"stage={option}", "name=x", *(["autoencoder.folder=x"] if option == "diffusion" else []))
+    cfg = composed(
+        "train", f"stage={option}", "name=x", *(["autoencoder.folder=x"] if option == "diffusion" else [])
+    )
     check(cfg, TrainConfig)
     return cfg.stage._target_
 
 
 def of_optimizer(option: str) -> Any:
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = build(composed("train", f"optimizer={option}", "name=x", "autoencoder.folder=x").optimizer)([weight])
+    optimizer = build(composed("train", f"optimizer={option}", "name=x", "autoencoder.folder=x").optimizer)(
+        [weight]
+    )
     for _ in range(2):
         (weight * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
         optimizer.step()
@@ -209,7 +220,9 @@ def test_every_option_changes_an_output(group: str) -> None:
         ("report", ReportConfig, ["runs=[x]", "output=y"]),
     ],
 )
-def test_every_verb_composes_and_holds_exactly_its_schema(verb: str, schema: type, overrides: list[str]) -> None:
+def test_every_verb_composes_and_holds_exactly_its_schema(
+    verb: str, schema: type, overrides: list[str]
+) -> None:
     check(composed(verb, *overrides), schema)
 
 

@@ -173,6 +173,8 @@ def _decode(path: str | os.PathLike[str]) -> Iterator[_TimedFrame]:
             if not streams:
                 raise VideoError(path, "there is no video stream in it")
             stream = streams[0]
+            if stream.codec_context is None:
+                raise VideoError(path, "no decoder knows its codec")
             # Loader workers are many; each decodes with one thread.
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1
@@ -185,8 +187,10 @@ def _decode(path: str | os.PathLike[str]) -> Iterator[_TimedFrame]:
                     reason = error.strerror or reason
                     continue
                 for frame in decoded:
-                    found = True
-                    yield _timed(frame, reformatter)
+                    if not found:
+                        orientation = _orientation(frame)
+                        found = True
+                    yield _timed(frame, orientation, reformatter)
     except (av.error.FFmpegError, OSError, UnicodeError) as error:
         if isinstance(error, FileNotFoundError):
             reason = "there is no such file"
@@ -196,8 +200,10 @@ def _decode(path: str | os.PathLike[str]) -> Iterator[_TimedFrame]:
         raise VideoError(path, reason)
 
 
-def _timed(frame: av.VideoFrame, reformatter: VideoReformatter) -> _TimedFrame:
-    transposed, flip_y, flip_x = _orientation(frame)
+def _timed(
+    frame: av.VideoFrame, orientation: tuple[bool, bool, bool], reformatter: VideoReformatter
+) -> _TimedFrame:
+    transposed, flip_y, flip_x = orientation
     base = frame.time_base
 
     def to_rgb() -> Frames:
@@ -225,9 +231,14 @@ def _timed(frame: av.VideoFrame, reformatter: VideoReformatter) -> _TimedFrame:
 def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """Tell how to show a frame upright: whether to transpose, then flip vertically, then horizontally.
 
-    The display matrix maps a stored (x, y), y down, to (a·x + c·y, b·x + d·y).
+    The display matrix maps a stored (x, y), y down, to (a·x + c·y, b·x + d·y). It is taken from a file's
+    first frame, and there from a tiny copy: whoever looks at a frame's side data keeps its pixels in memory
+    until the garbage collector passes.
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    tiny = VideoReformatter().reformat(
+        frame, width=16, height=16, format="gray", interpolation=Interpolation.POINT, threads=1
+    )
+    matrix = tiny.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return False, False, False
     a, b, _, c, d = np.frombuffer(cast(bytes, matrix), dtype=np.int32)[:5].astype(float)

@@ -7,7 +7,9 @@ from torch import Tensor
 SampleWindow = Callable[[int, Tensor | None], Tensor]
 
 
-def autoregressive(sample_window: SampleWindow, num_frames: int, window: int, num_given: int) -> Iterator[Tensor]:
+def autoregressive(
+    sample_window: SampleWindow, num_frames: int, window: int, num_given: int
+) -> Iterator[Tensor]:
     """Latents of a long video, each window conditioned on the end of the one before (LVDM, section 3.4).
 
     Pieces are yielded as they are made, so memory doesn't grow with the length.
@@ -26,7 +28,9 @@ def autoregressive(sample_window: SampleWindow, num_frames: int, window: int, nu
         ValueError: unless ``0 < num_given < window`` and at least one frame is asked for.
     """
     if not 0 < num_given < window:
-        raise ValueError(f"num_given must be from 1 to {window - 1} (the window has {window}), got {num_given}")
+        raise ValueError(
+            f"num_given must be from 1 to {window - 1} (the window has {window}), got {num_given}"
+        )
     if num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, got {num_frames}")
     given: Tensor | None = None

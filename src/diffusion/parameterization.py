@@ -34,7 +34,11 @@ class Parameterization:
                 f"unknown prediction_type {self.prediction_type!r}; choose one of {get_args(PredictionType)}"
             )
         table = self.alphas_cumprod
-        if table.ndim != 1 or not bool(((table > 0) & (table < 1)).all()) or not bool((table.diff() < 0).all()):
+        if (
+            table.ndim != 1
+            or not bool(((table > 0) & (table < 1)).all())
+            or not bool((table.diff() < 0).all())
+        ):
             raise ValueError("alphas_cumprod must be one decreasing sequence of numbers between 0 and 1")
 
     @property

@@ -63,6 +63,14 @@ class LatentSpace(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
 
+    def encode(self, video: Tensor) -> Posterior:
+        """The posterior of the raw latents of a video `b c t h w`."""
+        raise NotImplementedError
+
+    def decode(self, raw_latents: Tensor) -> Tensor:
+        """The video `b c t h w` of raw latents."""
+        raise NotImplementedError
+
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The shape (c, t, h, w) of the latents of such a clip; ValueError if the clip can't be divided."""
         sizes = {"num_frames": num_frames, "height": height, "width": width}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data.sampler import Batch, LatentBatch, randn_per_clip
 from ..metrics.reconstruction import psnr, ssim
+from ..models.autoencoder import Autoencoder3d, LatentSpace
 from .stage import Modules, Update
 
 
@@ -42,7 +43,7 @@ class AutoencoderStage:
 
     def __init__(
         self,
-        autoencoder: nn.Module,
+        autoencoder: Autoencoder3d,
         *,
         discriminator: nn.Module | None,
         perceptual: nn.Module | None,
@@ -57,6 +58,7 @@ class AutoencoderStage:
         if pixel_loss not in ("mse", "l1"):
             raise ValueError(f"unknown pixel_loss {pixel_loss!r}; choose mse or l1")
         self.modules: dict[str, nn.Module] = {"autoencoder": autoencoder}
+        self.autoencoder = autoencoder
         self.discriminator = discriminator
         if discriminator is not None:
             self.modules["discriminator"] = discriminator
@@ -84,7 +86,7 @@ class AutoencoderStage:
         assert isinstance(batch, Batch)
         video = batch.video
         adversarial = self.discriminator is not None and step >= self.adversarial_start
-        bare = self.modules["autoencoder"]
+        bare = self.autoencoder
         noise = randn_per_clip(
             bare.latent_shape(*video.shape[2:]), self.seed, batch.positions, "posterior", video.device
         )
@@ -95,7 +97,8 @@ class AutoencoderStage:
         metrics = {"pixel": pixel.detach()}
         if self.perceptual is not None:
             perceptual = self.perceptual(
-                rearrange(reconstruction, "b c t h w -> (b t) c h w"), rearrange(video, "b c t h w -> (b t) c h w")
+                rearrange(reconstruction, "b c t h w -> (b t) c h w"),
+                rearrange(video, "b c t h w -> (b t) c h w"),
             ).mean()
             loss = loss + self.perceptual_weight * perceptual
             metrics["perceptual"] = perceptual.detach()
@@ -117,7 +120,9 @@ class AutoencoderStage:
             hinge = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
             yield Update("discriminator", hinge, {"real": real.detach().mean(), "fake": fake.detach().mean()})
 
-    def _adaptive_weight(self, reconstruction: Tensor, opinion: Tensor, last_layer: Tensor, step: int) -> Tensor:
+    def _adaptive_weight(
+        self, reconstruction: Tensor, opinion: Tensor, last_layer: Tensor, step: int
+    ) -> Tensor:
         """The weight from the previous step's gradients; adds this micro-batch's to the running sums."""
         running = self.running = {name: value.to(last_layer.device) for name, value in self.running.items()}
         if self._step_of_sums is None:  # just built, or just resumed
@@ -140,7 +145,7 @@ class AutoencoderStage:
     @torch.no_grad()
     def preview(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:
         """Clips above their reconstructions."""
-        reconstruction = _reconstruct(modules["autoencoder"], batch.video)
+        reconstruction = _reconstruct(_latent_space(modules), batch.video)
         return {"reconstruction": torch.cat([batch.video, reconstruction], dim=3)}
 
     @torch.no_grad()
@@ -148,7 +153,7 @@ class AutoencoderStage:
         """PSNR (dB) and SSIM of reconstructions of held-out clips."""
         scores: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
         for batch in batches:
-            reconstruction = _reconstruct(modules["autoencoder"], batch.video)
+            reconstruction = _reconstruct(_latent_space(modules), batch.video)
             scores["psnr"].append(psnr(reconstruction, batch.video))
             scores["ssim"].append(ssim(reconstruction, batch.video))
         return {name: float(torch.cat(values).mean()) for name, values in scores.items()}
@@ -156,7 +161,7 @@ class AutoencoderStage:
     @torch.no_grad()
     def finish(self, modules: Modules, batches: Iterable[Batch]) -> None:
         """Measures mean and deviation of latent channels over posterior samples, and stores them."""
-        autoencoder = modules["autoencoder"]
+        autoencoder = _latent_space(modules)
         total = square = torch.zeros((), dtype=torch.float64)
         count = 0
         for batch in batches:
@@ -175,6 +180,12 @@ class AutoencoderStage:
         autoencoder.latent_std.copy_((square / count - mean.square()).clamp_min(1e-12).sqrt())
 
 
-def _reconstruct(autoencoder: nn.Module, video: Tensor) -> Tensor:
+def _latent_space(modules: Modules) -> LatentSpace:
+    autoencoder = modules["autoencoder"]
+    assert isinstance(autoencoder, LatentSpace)
+    return autoencoder
+
+
+def _reconstruct(autoencoder: LatentSpace, video: Tensor) -> Tensor:
     """Decoded posterior means, within the range of videos."""
     return autoencoder.decode(autoencoder.encode(video).mean).clamp(-1.0, 1.0)

@@ -10,6 +10,7 @@ from ..data.sampler import Batch, LatentBatch, clip_generator, rand_per_clip, ra
 from ..diffusion.conditioning import Condition, FrameMasking, GivenFrames, denoiser_of
 from ..diffusion.parameterization import Parameterization
 from ..generation import VideoGenerator
+from ..models.autoencoder import LatentSpace
 from .stage import Modules, Update
 
 
@@ -39,7 +40,7 @@ class DiffusionStage:
         self,
         unet: nn.Module,
         *,
-        autoencoder: nn.Module,
+        autoencoder: LatentSpace,
         parameterization: Parameterization,
         masking: FrameMasking,
         loss: Literal["l2", "l1"],
@@ -104,7 +105,9 @@ class DiffusionStage:
             0, self.parameterization.num_timesteps, (), self.seed, batch.positions, "timestep", latents.device
         )
         noise = randn_per_clip(latents.shape[1:], self.seed, batch.positions, "noise", latents.device)
-        loss = self._loss_per_clip(modules["unet"], latents, noise, timesteps, self._condition(latents, batch))
+        loss = self._loss_per_clip(
+            modules["unet"], latents, noise, timesteps, self._condition(latents, batch)
+        )
         yield Update("unet", loss.mean(), {})
 
     def _loss_per_clip(

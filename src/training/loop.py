@@ -162,7 +162,12 @@ def train(
     tracker = Tracker(folder, step, fps, tensorboard) if main else None
     pending = _Pending()
     bar = tqdm(
-        total=settings.num_steps, initial=step, unit="step", desc=folder.name, disable=not main, file=sys.stdout,
+        total=settings.num_steps,
+        initial=step,
+        unit="step",
+        desc=folder.name,
+        disable=not main,
+        file=sys.stdout,
         mininterval=1.0,
     )
     began = time.monotonic()
@@ -202,7 +207,9 @@ def train(
     source = batches(step)
     while step < settings.num_steps:
         # Each step starts from its own random state, so that dropout survives a resume, too.
-        torch.manual_seed(derive_seed(seed, step * accelerator.num_processes + accelerator.process_index, "step"))
+        torch.manual_seed(
+            derive_seed(seed, step * accelerator.num_processes + accelerator.process_index, "step")
+        )
         factor = learning_rate_factor(
             step, settings.num_steps, warmup_steps=settings.warmup_steps, decay=settings.decay
         )

@@ -56,7 +56,7 @@ class Tracker:
                 self._writer.add_scalar(name, value, step)
 
     def videos(self, step: int, videos: dict[str, Tensor]) -> None:
-        """Saves videos ``b c t h w`` in [-1, 1] as animated WebP, side by side, and shows them in TensorBoard."""
+        """Saves videos ``b c t h w`` in [-1, 1] as animated WebP, side by side, for TensorBoard, too."""
         for title, video in videos.items():
             frames = to_frames(video.float().cpu())
             side_by_side = frames.transpose(1, 2, 0, 3, 4).reshape(

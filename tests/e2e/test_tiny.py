@@ -28,7 +28,9 @@ def verb(folder: Path, name: str, *arguments: str, check: bool = True) -> subpro
         timeout=300,
     )
     if check and result.returncode:
-        raise AssertionError(f"{name} {arguments} ended in {result.returncode}:\n{result.stdout}\n{result.stderr}")
+        raise AssertionError(
+            f"{name} {arguments} ended in {result.returncode}:\n{result.stdout}\n{result.stderr}"
+        )
     return result
 
 
@@ -61,7 +63,9 @@ def test_both_stages_leave_a_complete_run(home: Path) -> None:
         assert list((run / "tensorboard").glob("events*")) and list((run / "previews").glob("*/*.webp"))
         steps = [row["step"] for row in rows(run)]
         assert steps == sorted(steps) and len(steps) >= 6
-    losses = [row["autoencoder/pixel"] for row in rows(home / "runs/tiny_autoencoder") if "autoencoder/pixel" in row]
+    losses = [
+        row["autoencoder/pixel"] for row in rows(home / "runs/tiny_autoencoder") if "autoencoder/pixel" in row
+    ]
     assert losses[-1] < 0.6 * losses[0]
     model = load_file(home / "runs/tiny/model/autoencoder/weights.safetensors")
     assert (model["latent_std"] - 1).abs().max() > 1e-3, "latent statistics were measured"
@@ -71,7 +75,9 @@ def test_sample_17_is_sample_17_in_any_batch(home: Path) -> None:
     from src.data.video import read_clip
 
     model = home / "runs/tiny/model"
-    verb(home, "sample", f"model={model}", "num_samples=3", "first_seed=15", "batch_size=3", f"output={home}/a")
+    verb(
+        home, "sample", f"model={model}", "num_samples=3", "first_seed=15", "batch_size=3", f"output={home}/a"
+    )
     verb(home, "sample", f"model={model}", "num_samples=1", "first_seed=17", f"output={home}/b")
     a, b = (read_clip(home / name / "sample_000017.mp4", 0, 16).astype(int) for name in "ab")
     # One level before encoding; the encoder can turn that into a few at single pixels.
@@ -110,7 +116,10 @@ def test_killed_and_run_again_gives_the_same_bits(experiment: str, home: Path, t
     straight = home / "runs" / experiment
     command = [f"+experiment={experiment}", f"name=killed_{experiment}", *at(home), "logger=jsonl"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "src.train", *command], cwd=ROOT, env=environment(home), stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "src.train", *command],
+        cwd=ROOT,
+        env=environment(home),
+        stdout=subprocess.DEVNULL,
     )
     killed = home / "runs" / f"killed_{experiment}"
     deadline = time.monotonic() + 120
@@ -127,7 +136,9 @@ def test_killed_and_run_again_gives_the_same_bits(experiment: str, home: Path, t
         a, b = (load_file(run / "state" / last / f"{file}.safetensors") for run in (straight, killed))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a), file
-    assert (straight / "model/weights.safetensors").read_bytes() == (killed / "model/weights.safetensors").read_bytes()
+    assert (straight / "model/weights.safetensors").read_bytes() == (
+        killed / "model/weights.safetensors"
+    ).read_bytes()
     without_time = [{k: v for k, v in row.items() if k != "time"} for row in rows(straight)]
     assert without_time == [{k: v for k, v in row.items() if k != "time"} for row in rows(killed)]
 
@@ -149,7 +160,11 @@ def test_two_processes_and_accumulation_change_rounding_only(experiment: str, ho
         for row in rows(home / "runs" / name)[:2]:
             for key, value in row.items():
                 if key.endswith(("loss", "pixel", "gradient_norm")):
-                    assert value == pytest.approx(expected[row["step"]][key], rel=2e-3, abs=1e-6), (name, row["step"], key)
+                    assert value == pytest.approx(expected[row["step"]][key], rel=1e-4, abs=1e-6), (
+                        name,
+                        row["step"],
+                        key,
+                    )
         for path in (home / "runs" / name).iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -159,7 +174,10 @@ def test_two_processes_and_accumulation_change_rounding_only(experiment: str, ho
 BAD = [
     (["train", "+experiment=nonsense"], "Available options in 'experiment'[\\s\\S]*tiny"),
     (["train", "+experimnt=tiny"], "Did you mean experiment"),
-    (["train", "+experiment=ucf101_autoencoder", "dataset.root=nowhere"], "UCF-101[\\s\\S]*src.prepare dataset=ucf101"),
+    (
+        ["train", "+experiment=ucf101_autoencoder", "dataset.root=nowhere"],
+        "UCF-101[\\s\\S]*src.prepare dataset=ucf101",
+    ),
     (["train", "+experiment=tiny", "autoencoder.folder=nowhere"], "no model at nowhere[\\s\\S]*src.train"),
     (["train", "+experiment=tiny_autoencoder", "dataset.resolution=30"], "multiple of 4; use 28 or 32"),
     (["train", "+experiment=tiny_autoencoder", "dataset.num_frames=80"], "too short"),

@@ -68,8 +68,12 @@ def test_guidance_is_the_textbook_formula_in_one_call() -> None:
     assert guided(denoiser, 1.0) is denoiser
 
 
-@pytest.mark.parametrize("num_frames, window, num_given", [(4, 4, 1), (5, 4, 1), (17, 4, 3), (3, 4, 2), (64, 5, 2)])
-def test_autoregression_counts_and_hands_over_the_right_frames(num_frames: int, window: int, num_given: int) -> None:
+@pytest.mark.parametrize(
+    "num_frames, window, num_given", [(4, 4, 1), (5, 4, 1), (17, 4, 3), (3, 4, 2), (64, 5, 2)]
+)
+def test_autoregression_counts_and_hands_over_the_right_frames(
+    num_frames: int, window: int, num_given: int
+) -> None:
     """With a "model" that counts on from what it is given, the pieces must be 0, 1, 2, …"""
     calls = []
 

@@ -43,14 +43,22 @@ def test_plumbing_is_typed() -> None:
 
 
 def test_dots_mean_this_package() -> None:
-    table = build({"_target_": ".diffusion.noise_schedule.linear", "num_timesteps": 5, "beta_start": 0.1}, beta_end=0.2)
+    table = build(
+        {"_target_": ".diffusion.noise_schedule.linear", "num_timesteps": 5, "beta_start": 0.1}, beta_end=0.2
+    )
     assert table.shape == (5,)
     assert build({"_target_": "torch.nn.Linear", "in_features": 2}, out_features=3).weight.shape == (3, 2)
 
 
 @pytest.mark.parametrize(
     "target",
-    ["os.system", ".data.video.os.system", ".models.unet.torch.load", ".metrics.i3d.install_i3d", "src.models.unet.UNet3d"],
+    [
+        "os.system",
+        ".data.video.os.system",
+        ".models.unet.torch.load",
+        ".metrics.i3d.install_i3d",
+        "src.models.unet.UNet3d",
+    ],
 )
 def test_a_model_folder_builds_only_our_models(target: str, tmp_path: Path) -> None:
     flag = tmp_path / "executed"
@@ -74,7 +82,11 @@ def test_live_objects_arrive_as_they_are() -> None:
 
 def test_differences_name_keys_old_and_new_but_not_harmless_ones() -> None:
     old = {"seed": 0, "train": {"num_steps": 10, "batch_size": 4}, "machine": {"precision": "no"}}
-    new = {"seed": 1, "train": {"num_steps": 20, "batch_size": 4, "decay": "cosine"}, "machine": {"precision": "bf16"}}
+    new = {
+        "seed": 1,
+        "train": {"num_steps": 20, "batch_size": 4, "decay": "cosine"},
+        "machine": {"precision": "bf16"},
+    }
     assert difference(old, new) == ["  seed: 0 -> 1", "  train.decay: (none) -> cosine"]
 
 

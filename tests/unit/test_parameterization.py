@@ -26,11 +26,13 @@ def test_noisy_latents_have_the_variance_of_the_schedule() -> None:
     ones = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
     time = torch.tensor([321])
     assert process.add_noise(ones, 0 * ones, time).item() ** 2 == pytest.approx(TABLE[321].item(), rel=1e-12)
-    assert process.add_noise(0 * ones, ones, time).item() ** 2 == pytest.approx(1 - TABLE[321].item(), rel=1e-12)
+    assert process.add_noise(0 * ones, ones, time).item() ** 2 == pytest.approx(
+        1 - TABLE[321].item(), rel=1e-12
+    )
 
 
 def test_an_unknown_type_and_a_growing_table_are_refused() -> None:
-    with pytest.raises(ValueError, match="epsilon.*v.*sample"):
+    with pytest.raises(ValueError, match=r"epsilon.*v.*sample"):
         Parameterization(TABLE, "x0")
     with pytest.raises(ValueError, match="decreasing"):
         Parameterization(TABLE.flip(0), "v")

@@ -1,5 +1,6 @@
 """Samplers against a law whose exact denoiser is known: a Gaussian in every coordinate."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -46,7 +47,7 @@ def test_the_known_law_is_reached(sampler: samplers.Sampler) -> None:
 
 
 def test_ddim_solves_the_ode_with_first_order_convergence() -> None:
-    """The probability flow maps N(0, 1) to the law by an increasing affine map: the error halves with the step."""
+    """The probability flow maps N(0, 1) affinely to the law; the error halves with the step."""
     noise = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(-1, 1, 1, 1, 1)
     start = TABLE[-1]
     spread = (VARIANCE * start + 1 - start).sqrt()
@@ -56,7 +57,7 @@ def test_ddim_solves_the_ode_with_first_order_convergence() -> None:
         got = samplers.ddim(exact, noise, TABLE, draws(0, 9), num_sampling_steps=steps, eta=0.0)
         errors.append((got - truth).abs().max().item())
     assert errors[-1] < 0.02
-    for coarse, fine in zip(errors[:-1], errors[1:], strict=True):
+    for coarse, fine in itertools.pairwise(errors):
         assert 1.6 < coarse / fine < 2.5
 
 

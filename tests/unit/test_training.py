@@ -62,7 +62,9 @@ def make_state(step: int) -> checkpoint.State:
 def assert_equal_states(a: checkpoint.State, b: checkpoint.State) -> None:
     for one, other in ((a.modules, b.modules), (a.averages, b.averages)):
         for name in one:
-            for (key, x), y in zip(one[name].state_dict().items(), other[name].state_dict().values(), strict=True):
+            for (key, x), y in zip(
+                one[name].state_dict().items(), other[name].state_dict().values(), strict=True
+            ):
                 assert torch.equal(x, y), key
     x, y = a.optimizers["net"].state_dict(), b.optimizers["net"].state_dict()
     assert x["state"].keys() == y["state"].keys() and len(x["state"]) == 4
