@@ -414,8 +414,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         free = shutil.disk_usage(pixels.parent).free
         if num_bytes > free:
             raise OSError(
-                f"the cache of {self.name} needs {num_bytes / 1e9:.1f} GB, and {pixels.parent} has "
-                f"{free / 1e9:.1f} GB free. Use another disk, dataset.cache=PATH, or none, dataset.cache=null"
+                f"the cache of {self.name} needs {num_bytes / 1e6:,.0f} MB, and {pixels.parent} has "
+                f"{free / 1e6:,.0f} MB free. Use another: dataset.cache=PATH, or none: dataset.cache=null"
             )
         frame_bytes = self.resolution[0] * self.resolution[1] * 3
         part = pixels.with_name(f".{pixels.name}.{os.getpid()}.part")

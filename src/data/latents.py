@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -104,8 +104,12 @@ class LatentWriter:
             "std": torch.stack(self._std[:count]).contiguous(),
             "label": torch.stack(self._label[:count]),
         }
-        with atomic_path(self.folder / _shard_name(len(self._shards))) as part:
-            save_file(tensors, part)
+        shard = self.folder / _shard_name(len(self._shards))
+        try:
+            with atomic_path(shard) as part:
+                save_file(tensors, part)
+        except SafetensorError as error:
+            raise OSError(f"can't write the latents to {shard}: {error}") from error
         self._shards.append(count)
         write_json(
             self.folder / "started.json",

@@ -289,11 +289,11 @@ def test_the_cache_refuses_a_disk_without_room(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage:
-        free = 1000
+        free = 1_000_000 - 1
 
     monkeypatch.setattr(clips_module.shutil, "disk_usage", lambda path: Usage)
-    with pytest.raises(OSError, match=r"needs 0\.0 GB.*dataset\.cache=null"):
-        dataset(root, cache=tmp_path / "cache")
+    with pytest.raises(OSError, match=r"needs 3 MB, and .*cache has 1 MB free.*dataset\.cache=null"):
+        dataset(root, cache=tmp_path / "cache", resolution=64)
 
 
 def test_a_cached_data_set_travels_to_workers(root: Path, tmp_path: Path) -> None:
