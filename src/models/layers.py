@@ -109,9 +109,25 @@ class FrameConv3d(nn.Conv2d):
         super().__init__(in_channels, out_channels, 3, stride, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `b c t h w` to `b c t h/s w/s`; channels_last_3d stays so without a copy."""
-        frames = super().forward(fold_frames(x))
-        return unfold_frames(frames, x.shape[0])
+        """Maps `b c t h w` to `b c t h/s w/s`; channels_last_3d stays so."""
+        return unfold_frames(self.convolve(fold_frames(x)), x.shape[0])
+
+    def convolve(self, frames: Tensor) -> Tensor:
+        """Maps frames `n c h w` to `n d h/s w/s`.
+
+        On a CPU, where a wide weight meets few positions, bringing the weight into the layout that the
+        channels_last kernel wants takes most of the time. Measured on one core, forward and backward, 1024 to
+        1024 channels: at 4 frames of 4×4 channels_last 252 ms, contiguous 141, matrix product 70; at 64
+        frames 1149, 876, 935; with 512 channels at 4 frames of 16×16 all the same.
+        """
+        positions = frames.shape[0] * frames.shape[2] * frames.shape[3] // (self.stride[0] * self.stride[1])
+        if not frames.is_cpu or positions > self.out_channels:
+            return super().forward(frames)
+        if 4 * positions > self.out_channels:
+            return super().forward(frames.contiguous()).contiguous(memory_format=torch.channels_last)
+        padded = F.pad(frames, (1, 1, 1, 1)).permute(0, 2, 3, 1)
+        patches = padded.unfold(1, 3, self.stride[0]).unfold(2, 3, self.stride[1])
+        return F.linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def fold_frames(x: Tensor) -> Tensor:

@@ -50,13 +50,21 @@ def test_a_constant_video_has_no_border():
     torch.testing.assert_close(y, y[:, :, :2, :2, :2].repeat(1, 1, 3, 4, 5), rtol=0, atol=1e-6)
 
 
+# The widths lead to each of the ways in which the convolution is computed.
+@pytest.mark.parametrize("out_channels", [5, 256, 2048])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(4, 4), (5, 7)])
-def test_frame_convolution_is_the_flat_3d_one(stride, size):
-    x = torch.randn(2, 3, 4, *size, dtype=torch.float64)
-    conv = FrameConv3d(3, 5, stride).double()
+def test_frame_convolution_is_the_flat_3d_one(stride, size, out_channels):
+    x = channels_last(torch.randn(2, 3, 4, *size, dtype=torch.float64)).requires_grad_()
+    conv = FrameConv3d(3, out_channels, stride).double()
+    actual = conv(x)
     expected = F.conv3d(x, conv.weight[:, :, None], conv.bias, (1, stride, stride), (0, 1, 1))
-    torch.testing.assert_close(conv(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    assert actual.is_contiguous(memory_format=torch.channels_last_3d)
+    gradients = [
+        torch.autograd.grad(y.square().sum(), [x, conv.weight, conv.bias]) for y in (actual, expected)
+    ]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-10)
 
 
 def test_frame_convolution_keeps_the_layout_without_copies():
