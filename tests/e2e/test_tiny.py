@@ -150,7 +150,8 @@ def test_two_processes_and_accumulation_change_rounding_only(experiment: str, ho
     common = [f"+experiment={experiment}", *at(home), "logger=jsonl"]
     verb(home, "train", *common, "name=accumulated", "train.micro_batch_size=2")
     launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "src.train",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         "--nproc_per_node=2", "-m", "src.train",
          *common, "name=two_processes"],
         cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=300,
     )  # fmt: skip

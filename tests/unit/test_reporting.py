@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,10 +27,13 @@ def write_clip(path: Path, num_frames: int = 4) -> None:
     write_video(path, frames, 8)
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A run folder with everything in it, hostile names included."""
-    run = tmp_path / "runs" / "demo"
+TITLE = f"Two & more {EVIL}"
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory) -> Path:
+    """A run folder with everything in it, hostile names included; not to be changed."""
+    run = tmp_path_factory.mktemp("example") / "demo"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(f"name: {EVIL}\n")
     rows = [{"step": s, "time": s / 2, "unet/loss": 1 / s, "note": "text"} for s in range(1, 41)]
@@ -74,6 +78,19 @@ def folder(tmp_path) -> Path:
         path.parent.mkdir(parents=True)
         path.write_bytes(encode_preview(np.zeros((2, 8, 16, 3), np.uint8), 8))
     return run
+
+
+@pytest.fixture(scope="module")
+def text(example) -> str:
+    """The page about it."""
+    return render([load_run(example)], TITLE)
+
+
+@pytest.fixture
+def folder(example, tmp_path, monkeypatch) -> Path:
+    """A copy of the run folder that may be changed; its curves aren't drawn, which takes most of the time."""
+    monkeypatch.setattr(html, "draw", lambda panel: b"<svg/>")
+    return Path(shutil.copytree(example, tmp_path / "runs" / "demo"))
 
 
 class Page(HTMLParser):
@@ -232,21 +249,22 @@ def test_a_panel_is_a_valid_picture_and_reproducible():
 # ---- the page ----
 
 
-def test_the_page_holds_the_very_files(folder):
-    page = Page(render([load_run(folder)], "Two & more"))
+def test_the_page_holds_the_very_files(example, text):
+    page = Page(text)
     shown = [base64.b64decode(uri.removeprefix("data:video/mp4;base64,")) for uri in page.sources("video")]
-    files = [folder / "samples" / f"sample_{i}.mp4" for i in range(3)] + [folder / "long" / "sample_0.mp4"]
-    for path in [*files, *(folder / "evaluation").iterdir()]:
+    files = [example / "samples" / f"sample_{i}.mp4" for i in range(3)] + [example / "long" / "sample_0.mp4"]
+    for path in [*files, *(example / "evaluation").iterdir()]:
         assert path.read_bytes() in shown
     for tag, attributes in page.tags:
         if tag == "video":
             assert {"autoplay", "loop", "muted", "playsinline"} <= attributes.keys()
             assert attributes["class"] == "pixels" and attributes["style"] == "aspect-ratio: 24 / 16"
     assert base64.b64encode(b"a picture").decode() in "".join(page.sources("img"))
+    for panel in panels(load_run(example).curves):
+        assert base64.b64encode(draw(panel)).decode() in text
 
 
-def test_the_page_says_what_was_measured_and_how(folder):
-    text = Page(render([load_run(folder)], "Two & more")).text
+def test_the_page_says_what_was_measured_and_how(text):
     expected = [
         "Two & more",
         "frechet_distance_i3d_n8",
@@ -262,33 +280,31 @@ def test_the_page_says_what_was_measured_and_how(folder):
         "nearest training clip",
     ]
     for part in expected:
-        assert part in text, part
+        assert part in Page(text).text, part
 
 
-def test_everything_is_escaped(folder):
-    text = render([load_run(folder)], EVIL)
+def test_everything_is_escaped(text):
     page = Page(text)
     assert "<script" not in text
     assert not any(tag == "script" for tag, _ in page.tags)
-    for place in ("name: ", "disc ", "a note ", "8 against 8 "):
+    for place in ("Two & more ", "name: ", "disc ", "a note ", "8 against 8 "):
         assert place + EVIL in page.text
     assert all(not name.startswith("on") for _, attributes in page.tags for name in attributes)
 
 
-def test_nothing_comes_from_outside(folder):
-    page = Page(render([load_run(folder)], "T"))
+def test_nothing_comes_from_outside(text):
+    page = Page(text)
     for tag, attributes in page.tags:
         for name in ("src", "href", "poster", "srcset"):
             if value := attributes.get(name):
                 assert value.startswith(("data:", "#")), (tag, value[:50])
     assert not any(tag in ("link", "iframe", "object", "base") for tag, _ in page.tags)
-    style = re.search(r"<style>(.*?)</style>", render([load_run(folder)], "T"), re.DOTALL)
+    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
     assert style and "url(" not in style[1] and "@import" not in style[1]
 
 
-def test_previews_are_thinned_to_six_with_both_ends(folder):
-    page = Page(render([load_run(folder)], "T"))
-    steps = [int(step) for step in re.findall(r"samples after (\d+) steps", page.text)]
+def test_previews_are_thinned_to_six_with_both_ends(text):
+    steps = [int(step) for step in re.findall(r"samples after (\d+) steps", Page(text).text)]
     assert len(steps) == 6 and steps[0] == 10 and steps[-1] == 90 and steps == sorted(steps)
 
 
@@ -310,8 +326,6 @@ def test_a_broken_video_is_named(folder):
 
 
 def test_several_runs_stand_side_by_side(folder, tmp_path):
-    import shutil
-
     other = tmp_path / "runs" / "other"
     shutil.copytree(folder, other)
     told = json.loads((other / "evaluation.json").read_text())

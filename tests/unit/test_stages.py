@@ -1,0 +1,230 @@
+"""Stages against what can be computed by hand, and generation against an exact denoiser."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from src.data.sampler import Batch, LatentBatch
+from src.diffusion import noise_schedule
+from src.diffusion.conditioning import FrameMasking
+from src.diffusion.parameterization import Parameterization
+from src.diffusion.samplers import ddim
+from src.generation import VideoGenerator
+from src.models.autoencoder import Autoencoder3d, IdentityAutoencoder3d
+from src.models.discriminator import PatchDiscriminator
+from src.stages.autoencoder import AutoencoderStage
+from src.stages.diffusion import DiffusionStage
+
+PROCESS = Parameterization(noise_schedule.linear(1000, 0.0015, 0.0155), "epsilon")
+
+
+class Told(nn.Module):
+    """Predicts zero and remembers what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.told: list[dict[str, Tensor]] = []
+
+    def forward(self, x: Tensor, timesteps: Tensor, **told: Tensor) -> Tensor:
+        self.told.append({"x": x, "timesteps": timesteps, **told})
+        return self.weight * x
+
+
+def diffusion_stage(unet: nn.Module, loss: str, **masking: object) -> DiffusionStage:
+    values = (
+        dict(prediction=0.0, interpolation=0.0, num_given=[], max_noise_level=0, class_dropout=0.0) | masking
+    )
+    return DiffusionStage(
+        unet, autoencoder=IdentityAutoencoder3d(), parameterization=PROCESS, masking=FrameMasking(**values),
+        loss=loss, has_labels=False, generator=lambda _: None, seed=0,
+    )  # fmt: skip
+
+
+def clips(positions: range) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    video = torch.rand(64, 3, 4, 6, 6, generator=generator)[positions.start : positions.stop] * 2 - 1
+    return Batch(video, torch.full((len(positions),), -1), torch.tensor(list(positions)))
+
+
+@pytest.mark.parametrize("loss, expected", [("l2", 1.0), ("l1", (2 / torch.pi) ** 0.5)])
+def test_predicting_nothing_costs_what_noise_costs(loss: str, expected: float) -> None:
+    """E ε² = 1 and E |ε| = √(2/π); 64 clips of 432 numbers give standard errors below 0.01."""
+    stage = diffusion_stage(Told(), loss)
+    (update,) = stage.updates(stage.modules, clips(range(64)), 0)
+    assert update.loss.item() == pytest.approx(expected, abs=0.03)
+
+
+def test_the_loss_ignores_given_frames_and_shows_them_clean() -> None:
+    unet = Told()
+    stage = diffusion_stage(unet, "l2", prediction=1.0, num_given=[2])
+    batch = clips(range(8))
+    (update,) = stage.updates(stage.modules, batch, 0)
+    told = unet.told[0]
+    assert torch.equal(told["x"][:, :, :2], batch.video[:, :, :2])
+    assert told["mask"][:, 0, :, 0, 0].tolist() == [[1, 1, 0, 0]] * 8
+    assert told["noise_level"].tolist() == [-1] * 8
+    # What remains is exactly the noise of the two free frames: the prediction is zero.
+    spread = (told["x"] - PROCESS.coefficients(told["timesteps"], told["x"])[0] * batch.video)[:, :, 2:]
+    noise = spread / PROCESS.coefficients(told["timesteps"], told["x"])[1]
+    assert update.loss.item() == pytest.approx(noise.square().mean().item(), rel=1e-5)
+
+
+def test_perturbation_noises_given_frames_to_the_level_that_is_told() -> None:
+    unet = Told()
+    stage = diffusion_stage(unet, "l2", prediction=1.0, num_given=[1], max_noise_level=250)
+    batch = clips(range(64))
+    list(stage.updates(stage.modules, batch, 0))
+    told = unet.told[0]
+    levels = told["noise_level"]
+    assert levels.min() >= 0 and levels.max() < 250 and len(set(levels.tolist())) > 40
+    signal, spread = PROCESS.coefficients(levels, batch.video)
+    noise = ((told["x"] - signal * batch.video) / spread)[:, :, :1]
+    assert noise.mean().item() == pytest.approx(0, abs=0.05) and noise.std().item() == pytest.approx(
+        1, abs=0.05
+    )
+
+
+def test_splitting_a_batch_changes_nothing_but_rounding() -> None:
+    unet = Told()
+    stage = diffusion_stage(unet, "l2", prediction=0.5, num_given=[1], max_noise_level=10)
+    (whole,) = stage.updates(stage.modules, clips(range(8)), 0)
+    parts = [next(iter(stage.updates(stage.modules, clips(part), 0))) for part in (range(4), range(4, 8))]
+    assert whole.loss.item() == pytest.approx(sum(p.loss.item() for p in parts) / 2, rel=1e-6)
+
+
+def test_cached_posteriors_and_clips_give_the_same_latents() -> None:
+    autoencoder = Autoencoder3d(
+        hidden_channels=8, downsample=(2, 2, 2), norm_groups=4, encoder_blocks=1, decoder_blocks=1
+    )  # fmt: skip
+    autoencoder.latent_mean.fill_(0.3)
+    autoencoder.latent_std.fill_(1.7)
+    stage = diffusion_stage(Told(), "l2")
+    stage.autoencoder = autoencoder.eval()
+    batch = clips(range(4))
+    with torch.no_grad():
+        posterior = autoencoder.encode(batch.video)
+    cached = LatentBatch(
+        autoencoder.normalize(posterior.mean), posterior.std / 1.7, batch.label, batch.positions
+    )
+    torch.testing.assert_close(stage.latents(batch), stage.latents(cached), rtol=1e-5, atol=1e-5)
+
+
+def autoencoder_stage(seed: int = 0) -> AutoencoderStage:
+    torch.manual_seed(seed)
+    return AutoencoderStage(
+        Autoencoder3d(
+            hidden_channels=8, downsample=(2, 2, 2), norm_groups=4, encoder_blocks=1, decoder_blocks=1
+        ),
+        discriminator=PatchDiscriminator(width=8, n_layers=1), perceptual=None, pixel_loss="mse",
+        perceptual_weight=1.0, adversarial_weight=0.5, adversarial_start=2, kl_weight=0.0, seed=0,
+        mean_over_processes=lambda values: values,
+    )  # fmt: skip
+
+
+def big_clips() -> Batch:
+    video = torch.rand(4, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return Batch(video, torch.full((4,), -1), torch.arange(4))
+
+
+def test_the_adversary_starts_when_told_and_weighs_by_the_gradients_of_the_step_before() -> None:
+    stage = autoencoder_stage()
+    batch = big_clips()
+    assert [u.name for u in stage.updates(stage.modules, batch, 1)] == ["autoencoder"]
+    first = list(stage.updates(stage.modules, batch, 2))
+    assert [u.name for u in first] == ["autoencoder", "discriminator"]
+    assert first[0].metrics["adaptive_weight"].item() == 0
+    second = list(stage.updates(stage.modules, batch, 3))
+
+    # By hand, with the same weights: |gradient of the pixels| / |gradient of the opinion|, last layer.
+    from src.data.sampler import randn_per_clip
+
+    autoencoder, discriminator = stage.modules["autoencoder"], stage.modules["discriminator"]
+    noise = randn_per_clip(autoencoder.latent_shape(4, 16, 16), 0, batch.positions, "posterior", "cpu")
+    reconstruction, _ = autoencoder(batch.video, noise)
+    pixel = (reconstruction - batch.video).square().mean()
+    opinion = -discriminator(reconstruction).mean()
+    norms = [
+        torch.autograd.grad(loss, autoencoder.last_layer, retain_graph=True)[0].norm()
+        for loss in (pixel, opinion)
+    ]
+    expected = (norms[0] / (norms[1] + 1e-4)).item()
+    assert second[0].metrics["adaptive_weight"].item() == pytest.approx(expected, rel=1e-4)
+    assert second[0].loss.item() == pytest.approx((pixel + 0.5 * expected * opinion).item(), rel=1e-4)
+
+
+def test_the_adversary_is_not_trained_by_the_autoencoders_loss() -> None:
+    stage = autoencoder_stage()
+    for update in stage.updates(stage.modules, big_clips(), 5):
+        for module in stage.modules.values():
+            module.zero_grad()
+        update.loss.backward()
+        touched = {n for n, m in stage.modules.items() if any(p.grad is not None for p in m.parameters())}
+        assert touched == {update.name}
+
+
+def test_latent_statistics_are_those_of_posterior_samples() -> None:
+    stage = autoencoder_stage()
+    stage.finish(stage.modules, [big_clips()])
+    autoencoder = stage.autoencoder
+    with torch.no_grad():
+        posterior = autoencoder.encode(big_clips().video)
+    # Var(sample) = Var(mean) + E[std²], E over positions; 4·2·8·8 samples a channel give about 10 %.
+    mean = posterior.mean.transpose(0, 1).flatten(1)
+    variance = mean.var(1, correction=0) + posterior.std.square().transpose(0, 1).flatten(1).mean(1)
+    torch.testing.assert_close(autoencoder.latent_std.square(), variance, rtol=0.35, atol=0)
+    torch.testing.assert_close(autoencoder.latent_mean, mean.mean(1), rtol=0, atol=0.2)
+
+
+class ExactMean(nn.Module):
+    """The exact ε-prediction for latents that all equal 0.5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, timesteps: Tensor, **told: Tensor) -> Tensor:
+        signal, spread = PROCESS.coefficients(timesteps, x)
+        return (x - 0.5 * signal) / spread
+
+
+def generator_of(unet: nn.Module, **changes: object) -> VideoGenerator:
+    values = dict(
+        autoencoder=IdentityAutoencoder3d(), unet=unet, parameterization=PROCESS,
+        sampler=partial(ddim, num_sampling_steps=10, eta=1.0), guidance_scale=1.0, window=(3, 4, 6, 6),
+        gives_frames=True, has_labels=False, max_noise_level=0, noise_level=0,
+    )  # fmt: skip
+    return VideoGenerator(**(values | changes))
+
+
+def test_a_seed_is_a_sample_in_any_batch_and_order() -> None:
+    generator = generator_of(Told())
+    together = generator.sample_window([3, 17, 5], None)
+    alone = generator.sample_window([17], None)
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=0.1)
+    assert not torch.allclose(generator.sample_window([17], None, index=1), alone, atol=0.1)
+
+
+def test_given_frames_come_back_and_the_rest_is_generated() -> None:
+    given = torch.full((1, 3, 2, 6, 6), -0.25)
+    latents = generator_of(ExactMean()).sample_window([0], None, given=given)
+    assert torch.equal(latents[:, :, :2], given)
+    torch.testing.assert_close(latents[:, :, 2:], torch.full((1, 3, 2, 6, 6), 0.5), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_frames, num_given", [(4, 1), (5, 1), (30, 2), (31, 3)])
+def test_long_videos_have_their_length_and_no_seams(num_frames: int, num_given: int) -> None:
+    pieces = list(generator_of(ExactMean()).long_video([0, 1], None, num_frames, num_given))
+    video = torch.cat(pieces, dim=2)
+    assert video.shape == (2, 3, num_frames, 6, 6)
+    torch.testing.assert_close(video, torch.full_like(video, 0.5), rtol=0, atol=1e-3)
+
+
+def test_what_was_never_trained_is_refused() -> None:
+    with pytest.raises(ValueError, match="noise_level=5"):
+        generator_of(Told(), noise_level=5)
+    with pytest.raises(ValueError, match="conditioning=prediction"):
+        generator_of(Told(), gives_frames=False).sample_window([0], None, given=torch.zeros(1, 3, 1, 6, 6))
