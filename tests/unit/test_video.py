@@ -68,7 +68,7 @@ def write_raw(
 def reference_frames(path: Path, wanted: set[int]) -> tuple[int, dict[int, Frames]]:
     """Decode a file from end to end as PyAV's own documentation does it; count frames, and keep some.
 
-    Damaged packets are left out. With one thread, because how a decoder conceals damage depends on their number.
+    Damaged packets are left out. One thread: how a decoder conceals damage depends on their number.
     """
     found = {}
     count = 0
