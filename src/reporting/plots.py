@@ -87,6 +87,7 @@ def draw(panel: Panel) -> bytes:
     """The panel as an SVG picture; the same panel gives the same bytes."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.2, 2.5), layout="constrained")
@@ -98,8 +99,13 @@ def draw(panel: Panel) -> bytes:
                 axes.plot(curve.steps, curve.values, color=color, alpha=0.25, linewidth=0.8)
             marker = "o" if len(curve.steps) <= 12 else None
             axes.plot(curve.steps, line, color=color, linewidth=1.6, marker=marker, markersize=3, label=label)
-        if wants_log([value for curve in panel.curves.values() for value in curve.values]):
+        values = [value for curve in panel.curves.values() for value in curve.values]
+        if wants_log(values):
             axes.set_yscale("log")
+            subs = (1.0, 2.0, 5.0) if max(values) / min(values) < 1000 else (1.0,)
+            axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("step")
         axes.margins(x=0.02)
         if any(panel.curves):

@@ -265,7 +265,7 @@ def _inside(folder: Path, name: object, problems: list[str]) -> Path | None:
 
 
 def _caption(entry: Mapping[str, object]) -> str:
-    parts = [str(entry["class"])] if "class" in entry else []
+    parts = [str(entry["class"]).replace("_", " ")] if "class" in entry else []
     if "seed" in entry:
         parts.append(f"seed {entry['seed']}")
     return " · ".join(parts)

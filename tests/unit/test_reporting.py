@@ -246,6 +246,15 @@ def test_a_panel_is_a_valid_picture_and_reproducible():
     draw(Panel("loss", {"not $mathematics": short}))
 
 
+@pytest.mark.parametrize("decades", [2, 4, 8, 12])
+def test_a_logarithmic_axis_has_plain_numbers(decades):
+    panel = Panel("loss", {"": Curve([100, 200], [1.0, 10.0**-decades])})
+    root = ElementTree.fromstring(draw(panel))
+    texts = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    labels = [float(text) for text in texts if text != "step" and float(text) < 100]
+    assert 3 <= len(labels) <= 9 and max(labels) <= 1
+
+
 # ---- the page ----
 
 
