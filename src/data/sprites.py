@@ -102,7 +102,7 @@ def make_scene(generator: np.random.Generator, label: int, aspect: float) -> Sce
         )
 
     clouds = Clouds(
-        # The wind blows from about one direction: skies of every kind at once take a small network's attention
+        # The wind blows from about one direction: skies of every kind take a small network's attention
         # away from what flies before them.
         angle=uniform(0.25, 0.7),
         length=uniform(0.62, 0.82),
