@@ -28,6 +28,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+# OpenMP's threads wait in a busy loop; where another program holds a core that makes small operations twenty
+# times slower. A short wait costs next to nothing (read when torch is first imported).
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
 assert __package__ is not None
 PACKAGE: str = __package__
 _HERE = Path(__file__).parent
