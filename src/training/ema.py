@@ -28,17 +28,22 @@ class Ema:
         self.modules = {
             name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in modules.items()
         }
+        # Listed once: walking through modules in every step takes longer than the arithmetic.
+        self._averages = [p for module in self.modules.values() for p in module.parameters()]
+        self._weights = [p for module in modules.values() for p in module.parameters()]
+        self._buffers = [
+            pair
+            for name, module in modules.items()
+            for pair in zip(self.modules[name].buffers(), module.buffers(), strict=True)
+        ]
 
     def decay_at(self, num_updates: int) -> float:
         """Decay of the update with this number, counted from 1."""
         return min(self.decay, (1 + num_updates) / (10 + num_updates))
 
     @torch.no_grad()
-    def update(self, modules: Mapping[str, nn.Module], num_updates: int) -> None:
+    def update(self, num_updates: int) -> None:
         """Moves the averages towards the modules; buffers are copied."""
-        weight = 1.0 - self.decay_at(num_updates)
-        for name, average in self.modules.items():
-            source = modules[name]
-            torch._foreach_lerp_(list(average.parameters()), list(source.parameters()), weight)
-            for ours, theirs in zip(average.buffers(), source.buffers(), strict=True):
-                ours.copy_(theirs)
+        torch._foreach_lerp_(self._averages, self._weights, 1.0 - self.decay_at(num_updates))
+        for average, buffer in self._buffers:
+            average.copy_(buffer)

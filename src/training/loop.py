@@ -150,6 +150,7 @@ def train(
     stage.running = state.running
     step, seconds_before = state.progress["step"], state.progress["seconds"]
     prepared = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
+    parameters = {name: list(module.parameters()) for name, module in bare.items()}
     peak_rates = {
         name: [group.get("peak_lr", group["lr"]) for group in optimizer.param_groups]
         for name, optimizer in optimizers.items()
@@ -224,9 +225,8 @@ def train(
                     accelerator.backward(update.loss)
                     numbers = {"loss": update.loss.detach(), **update.metrics}
                     if accelerator.sync_gradients:
-                        parameters = modules[update.name].parameters()
                         largest = settings.clip_norm if settings.clip_norm > 0 else math.inf
-                        norm = accelerator.clip_grad_norm_(parameters, largest)
+                        norm = accelerator.clip_grad_norm_(parameters[update.name], largest)
                         if norm is not None:
                             numbers["gradient_norm"] = norm.detach()
                     prepared[update.name].step()
@@ -235,7 +235,7 @@ def train(
                 synchronized = accelerator.sync_gradients
         step += 1
         if ema is not None:
-            ema.update(bare, step)
+            ema.update(step)
         bar.update()
 
         if every(step, settings.log_every):

@@ -35,7 +35,7 @@ def test_average_follows_its_recursion() -> None:
     for n in range(1, 30):
         nn.init.constant_(layer.weight, float(n))
         layer.seen.fill_(n)
-        ema.update({"layer": layer}, n)
+        ema.update(n)
         decay = min(0.3, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * n
     average = ema.modules["layer"]
