@@ -85,7 +85,7 @@ def test_the_readme_names_every_option() -> None:
 @pytest.mark.slow
 def test_the_wheel_works_from_any_folder(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--installer", "uv", "-o", str(tmp_path / "dist"), str(ROOT)],
+        [sys.executable, "-m", "build", "--wheel", "--installer=uv", "-o", str(tmp_path / "dist"), str(ROOT)],
         check=True, capture_output=True,
     )  # fmt: skip
     (wheel,) = (tmp_path / "dist").glob("latent_video-*.whl")
