@@ -66,7 +66,7 @@ def test_both_stages_leave_a_complete_run(home: Path) -> None:
     losses = [
         row["autoencoder/pixel"] for row in rows(home / "runs/tiny_autoencoder") if "autoencoder/pixel" in row
     ]
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     model = load_file(home / "runs/tiny/model/autoencoder/weights.safetensors")
     assert (model["latent_std"] - 1).abs().max() > 1e-3, "latent statistics were measured"
 
