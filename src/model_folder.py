@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from .config import build
+from .data.storage import save_tensors
 from .diffusion.conditioning import FrameMasking
 from .diffusion.parameterization import Parameterization
 from .diffusion.samplers import Sampler
@@ -266,7 +267,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
 
 def _write(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
     weights = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    save_file(weights, folder / "weights.safetensors")
+    save_tensors(weights, folder / "weights.safetensors")
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **config})))
     for path in folder.iterdir():
         if path.is_file():

@@ -7,12 +7,11 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .sampler import EndlessOrder
-from .storage import atomic_path, read_json, write_json
+from .storage import atomic_path, read_json, save_tensors, write_json
 
 FORMAT = 1
 
@@ -107,7 +106,7 @@ class LatentWriter:
         shard = self.folder / _shard_name(len(self._shards))
         try:
             with atomic_path(shard) as part:
-                save_file(tensors, part)
+                save_tensors(tensors, part)
         except SafetensorError as error:
             raise OSError(f"can't write the latents to {shard}: {error}") from error
         self._shards.append(count)

@@ -8,6 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 
 def cache_home() -> Path:
     """The folder for what can be computed again: ``$LATENT_VIDEO_CACHE``, else ``~/.cache/latent_video``."""
@@ -30,6 +34,14 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON in one piece."""
     with atomic_path(path) as part:
         part.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; what the disk refuses (full, read-only) is an OSError, as for other files."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise OSError(f"can't write {path}: {error}; make room or choose another folder") from error
 
 
 def read_json(path: Path) -> Any | None:

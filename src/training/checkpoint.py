@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from ..data.storage import save_tensors
 
 
 @dataclass
@@ -59,7 +61,7 @@ def save(folder: Path, state: State, keep: int) -> Path:
         }
         checksums = {}
         for name, tensors in files.items():
-            save_file(tensors, temporary / name)
+            save_tensors(tensors, temporary / name)
             checksums[name] = _sync_and_hash(temporary / name)
         description = {"progress": state.progress, "optimizers": groups, "sha256": checksums}
         (temporary / "state.json").write_text(json.dumps(description, indent=1))

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
@@ -29,8 +29,8 @@ class Ema:
             name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in modules.items()
         }
         # Listed once: walking through modules in every step takes longer than the arithmetic.
-        self._averages = [p for module in self.modules.values() for p in module.parameters()]
-        self._weights = [p for module in modules.values() for p in module.parameters()]
+        self._averages: list[Tensor] = [p for module in self.modules.values() for p in module.parameters()]
+        self._weights: list[Tensor] = [p for module in modules.values() for p in module.parameters()]
         self._buffers = [
             pair
             for name, module in modules.items()

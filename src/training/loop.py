@@ -149,6 +149,10 @@ def train(
         accelerator.print(f"going on after step {state.progress['step']} of {folder}")
     stage.running = state.running
     step, seconds_before = state.progress["step"], state.progress["seconds"]
+    at_the_end_already = step >= settings.num_steps
+    if at_the_end_already and (folder / "model").exists():
+        accelerator.print(f"{folder} is finished after {step} steps; a larger train.num_steps goes on")
+        return
     prepared = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
     parameters = {name: list(module.parameters()) for name, module in bare.items()}
     peak_rates = {
@@ -251,7 +255,8 @@ def train(
     for module in bare.values():
         module.eval()
     stage.finish(shown, statistics())
-    look(preview=True, evaluate=True)
+    if not at_the_end_already:  # or else the numbers of the last step are there
+        look(preview=True, evaluate=True)
     save()
     if main:
         export(shown[stage.exported], step)

@@ -140,3 +140,20 @@ def test_rows_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     tracker.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["loss"]) for row in rows] == [(5, 5.0), (10, 10.0), (15, 0.5)]
+
+
+@pytest.mark.slow
+def test_a_really_full_disk_is_an_oserror(tmp_path: Path) -> None:
+    """On a small mount of its own; where the test may not mount, it says so."""
+    import subprocess
+
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        state = make_state(10)
+        state.modules = {"net": nn.Linear(200, 200)}
+        with pytest.raises(OSError, match=r"can't write|No space"):
+            checkpoint.save(tmp_path / "state", state, keep=1)
+        assert os.listdir(tmp_path / "state") == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
