@@ -21,8 +21,9 @@ from typing import Any
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from hydra.errors import InstantiationException
+from hydra.errors import HydraException, InstantiationException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -39,6 +40,8 @@ _HERE = Path(__file__).parent
 _ROOT = _HERE if (_HERE / "conf").is_dir() else _HERE.parent
 CONF = _ROOT / "conf"
 EXPERIMENTS = _ROOT / "experiments"
+
+_SWEPT = "LATENT_VIDEO_SWEPT_KEYS"
 
 # What may differ when a run is taken up again: lengths, periods, machines; never what is learned.
 HARMLESS = (
@@ -256,6 +259,8 @@ def verb(config_name: str, schema: type) -> Callable[[Callable[[DictConfig], Non
         def main() -> None:
             if _ExperimentsOnSearchPath not in Plugins.instance().discover(SearchPathPlugin):
                 Plugins.instance().register(_ExperimentsOnSearchPath)
+            # Launchers may run the cells in other processes, which inherit the environment but no arguments.
+            os.environ[_SWEPT] = " ".join(_swept_keys(sys.argv[1:]))
             hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
 
         return main
@@ -454,19 +459,37 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def run_folder(cfg: DictConfig) -> Path:
-    """Where a run lives: ``runs/name``; in a multirun with the cell's own overrides behind the name.
+    """Where a run lives: ``runs/name``; in a multirun with what is swept behind the name.
 
-    Two cells of a multirun thereby never share a folder, whatever they vary.
+    Two cells of a multirun thereby never share a folder, whatever they vary, and a longer run of the same
+    cell finds its folder again.
     """
     name = str(cfg.name)
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        overrides = [str(override).lstrip("+") for override in HydraConfig.get().overrides.task]
-        named = any(override.startswith("name=") for override in overrides)
-        skip = ("name=",) if named else ("experiment=", "sweep=")
-        suffix = ",".join(override for override in overrides if not override.startswith((*skip, "runs=")))
-        if suffix:
-            name = f"{name}-{suffix.replace('/', '.')}"
+        swept = set(os.environ.get(_SWEPT, "").split()) | set(HydraConfig.get().sweeper.get("params") or {})
+        cell = [
+            str(override).lstrip("+")
+            for override in HydraConfig.get().overrides.task
+            if _key(str(override)) in swept - {"name"}
+        ]
+        if cell:
+            name = f"{name}-{','.join(cell).replace('/', '.')}"
     return Path(cfg.runs) / name
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").split("=", 1)[0]
+
+
+def _swept_keys(arguments: list[str]) -> list[str]:
+    """Keys that the command line gives several values."""
+    parser = OverridesParser.create()
+    keys = []
+    for argument in arguments:
+        with contextlib.suppress(HydraException):
+            if not argument.startswith("-") and parser.parse_override(argument).is_sweep_override():
+                keys.append(_key(argument))
+    return keys
 
 
 def claim_run_folder(cfg: DictConfig, folder: Path) -> None:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import nn
 
-from .config import build
+from .config import CONF, PACKAGE, build
 from .data.storage import save_tensors
 from .diffusion.conditioning import FrameMasking
 from .diffusion.parameterization import Parameterization
@@ -146,7 +146,7 @@ def save_diffusion(
 def autoencoder_config(folder: str) -> tuple[Path, dict[str, Any]]:
     """Where an autoencoder's weights are, and its config; a diffusion model's folder holds one, too."""
     path = Path(folder)
-    config = read_config(path, remedy="python -m src.train +experiment=…_autoencoder")
+    config = read_config(path, remedy=_training_command(path, "tiny_autoencoder"))
     if config["kind"] == "diffusion":
         path = path / "autoencoder"
         config = read_config(path, remedy="")
@@ -180,7 +180,7 @@ def load_diffusion(folder: str, trained: bool = True) -> DiffusionModel:
         ValueError: if it is another kind of folder, was damaged, or its weights don't fit.
     """
     path = Path(folder)
-    config = read_config(path, remedy="python -m src.train +experiment=…")
+    config = read_config(path, remedy=_training_command(path, "tiny"))
     if config["kind"] != "diffusion":
         raise ValueError(
             f"{folder} holds an {config['kind']}, expected a diffusion model; train one with "
@@ -216,6 +216,13 @@ def data_record(config: dict[str, Any]) -> DataRecord:
 def masking_of(node: dict[str, Any], trusted: bool = True) -> FrameMasking:
     """The frame masking of a ``conditioning`` node."""
     return build({**node, "num_given": list(node["num_given"])}, trusted=trusted)
+
+
+def _training_command(folder: Path, otherwise: str) -> str:
+    """What trains the model that is expected in ``runs/NAME/model``, or an example."""
+    name = folder.parent.name
+    known = (CONF / "experiment" / f"{name}.yaml").exists()
+    return f"python -m {PACKAGE}.train +experiment={name if known else otherwise}"
 
 
 def read_config(folder: Path, remedy: str) -> dict[str, Any]:

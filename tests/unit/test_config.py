@@ -98,3 +98,10 @@ def test_a_run_folder_keeps_its_config(tmp_path: Path) -> None:
     assert OmegaConf.load(tmp_path / "config.yaml").train.num_steps == 99
     with pytest.raises(ConfigError, match=r"optimizer.lr: 0.0015 -> 0.1[\s\S]*name="):
         claim_run_folder(composed("train", "+experiment=tiny", "optimizer.lr=0.1"), tmp_path)
+
+
+def test_only_what_is_swept_is_behind_a_cells_name() -> None:
+    from src.config import _swept_keys
+
+    line = ["-m", "+experiment=tiny", "seed=0,1", "unet.model_channels=choice(16,32)", "train.num_steps=5"]
+    assert _swept_keys(line) == ["seed", "unet.model_channels"]
