@@ -89,6 +89,15 @@ class TrainSettings:
     num_held_out: int
     num_statistics_clips: int
 
+    def __post_init__(self) -> None:
+        least = {"batch_size": 1, "keep_states": 1, "num_held_out": 1, "num_statistics_clips": 1}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and value < least.get(field.name, 0):
+                raise ConfigError(
+                    f"train.{field.name} must be at least {least.get(field.name, 0)}, got {value}"
+                )
+
 
 @dataclass
 class MachineSettings:
@@ -151,6 +160,7 @@ class TrainConfig:
     class_conditional: Any = None
     sampler: Any = None
     latents: str | None = None
+    autoencoder_from: str | None = None
     clips_per_video: int = 1
 
 
@@ -200,7 +210,6 @@ class EncodeConfig:
     output: str
     clips_per_video: int
     batch_size: int
-    seed: int
     machine: MachineSettings
     dataset: Any
 
@@ -401,6 +410,8 @@ def build(node: DictConfig | dict[str, Any], /, trusted: bool = True, **extra: A
         ConfigError: for a target that isn't there, or isn't allowed.
     """
     plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
+    if not isinstance(plain, dict) or "_target_" not in plain:
+        raise ConfigError(f"{plain} has no _target_: choose an option of its group (group=option) first")
     resolved = _resolve_targets(plain, trusted)
     wants_partial = resolved.pop("_partial_", False)
     # Live objects never pass through OmegaConf, which would turn a dataclass into a dictionary.

@@ -7,6 +7,9 @@ from omegaconf import DictConfig
 
 from .config import ConfigError, EncodeConfig, MachineSettings, build, typed, verb
 
+# Which clips are encoded doesn't depend on a run's seed: runs of several seeds share the latents.
+ENCODING_SEED = 0
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,7 +26,7 @@ def main(cfg: DictConfig) -> None:
 
     typed(cfg, "machine", MachineSettings)
     _, config = autoencoder_config(cfg.model)
-    dataset = build(clip_geometry(cfg.dataset, data_record(config)), split="train", seed=cfg.seed)
+    dataset = build(clip_geometry(cfg.dataset, data_record(config)), split="train", seed=ENCODING_SEED)
     print(dataset.summary())
     latents = encode(
         dataset,
@@ -31,7 +34,7 @@ def main(cfg: DictConfig) -> None:
         Path(cfg.output),
         clips_per_video=cfg.clips_per_video,
         batch_size=cfg.batch_size,
-        seed=cfg.seed,
+        order_seed=ENCODING_SEED,
         device=pick_device(),
     )
     print(f"{len(latents):,} clips of latents {latents.latent_shape}: {cfg.output}")
@@ -44,10 +47,10 @@ def encode(
     *,
     clips_per_video: int,
     batch_size: int,
-    seed: int,
+    order_seed: int,
     device: "torch.device",
 ) -> "LatentDataset":
-    """Encodes what isn't encoded yet, and opens the result.
+    """Encodes what isn't encoded yet, and opens the result in the order of ``order_seed``.
 
     Raises:
         ValueError: if the folder holds latents of other data or of another autoencoder.
@@ -69,8 +72,9 @@ def encode(
         "frame_stride": dataset.frame_stride,
         "resolution": list(dataset.resolution),
         "horizontal_flip": dataset.horizontal_flip,
+        "crop": dataset.resize.mode,
         "clips_per_video": clips_per_video,
-        "seed": seed,
+        "dataset_seed": dataset.seed,
     }
     if not (folder / "index.json").exists():
         autoencoder = load_autoencoder(autoencoder_folder).to(device)
@@ -86,7 +90,7 @@ def encode(
                     scale = autoencoder.latent_std.view(-1, 1, 1, 1)
                     writer.write(autoencoder.normalize(posterior.mean), posterior.std / scale, batch.label)
                     bar.update(len(items))
-    return LatentDataset(folder, metadata, seed=seed)
+    return LatentDataset(folder, metadata, seed=order_seed)
 
 
 if __name__ == "__main__":

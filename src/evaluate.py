@@ -91,6 +91,7 @@ def main(cfg: DictConfig) -> None:
 
     node = clip_geometry(cfg.dataset, None if model is None else model.data)
     training = build(node, split=cfg.protocol.split, seed=cfg.seed)
+    held_out = build(node, split="test", seed=cfg.seed)
     notes = [] if model is None else differences(training, model)
     num_real = min(cfg.protocol.num_real, len(training))
     if num_real < cfg.protocol.num_real:
@@ -107,7 +108,14 @@ def main(cfg: DictConfig) -> None:
         if num_generated < cfg.protocol.num_generated:
             notes.append(f"only {num_generated} videos in {cfg.samples}")
         clips = _held_out(given, num_generated, cfg.batch_size, device)
-        output = Path(cfg.output) if cfg.output else Path(cfg.samples) / "evaluation.json"
+        samples = Path(cfg.samples)
+        beside = samples.with_name(f"{samples.name}_evaluation") / "evaluation.json"
+        output = Path(cfg.output) if cfg.output else beside
+        if samples.resolve() in output.resolve().parents:
+            raise ConfigError(
+                f"output={output} lies inside samples={samples}, where its videos would be taken for samples "
+                "the next time; choose another folder"
+            )
     generated = summarize(clips, num_generated, extractor, "generated")
 
     protocol = Protocol(
@@ -117,7 +125,7 @@ def main(cfg: DictConfig) -> None:
         num_frames=training.num_frames,
         frame_stride=training.frame_stride,
         resolution=training.resolution,
-        resize=I3D_RESIZE,
+        resize=I3D_RESIZE if cfg.protocol.features else "no resizing",
         dataset=training.name,
         split=cfg.protocol.split,
         clip_choice="one random clip of each video",
@@ -147,7 +155,6 @@ def main(cfg: DictConfig) -> None:
     pairwise = mean_pairwise_distance(real.pixels)
     candidates = _training_pixels(training, cfg.batch_size, device)
     closest = nearest(generated.pixels, [candidates])
-    held_out = build(node, split="test", seed=cfg.seed)
     held_out_pixels = torch.cat([_pixels(video) for video in _held_out(held_out, 64, cfg.batch_size, device)])
     metrics |= {
         "contrast_real": real.contrast,

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 from torch import nn
 
 from .config import CONF, PACKAGE, build
-from .data.storage import save_tensors
+from .data.storage import load_tensors, save_tensors
 from .diffusion.conditioning import FrameMasking
 from .diffusion.parameterization import Parameterization
 from .diffusion.samplers import Sampler
@@ -283,7 +282,7 @@ def _write(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
 
 
 def _fill(module: nn.Module, folder: Path) -> None:
-    weights = load_file(folder / "weights.safetensors")
+    weights = load_tensors(folder / "weights.safetensors")
     expected = module.state_dict()
     wrong = sorted(weights.keys() ^ expected.keys())
     wrong += [

@@ -54,7 +54,14 @@ def main(cfg: DictConfig) -> None:
 
     model = load_diffusion(cfg.model).to(pick_device())
     generator = model.generator(build(cfg.sampler), guidance_scale=scale, noise_level=cfg.noise_level)
-    num_frames = cfg.num_frames or model.data.num_frames
+    num_frames = model.data.num_frames if cfg.num_frames is None else cfg.num_frames
+    if num_frames < 1:
+        raise ConfigError(f"num_frames must be at least 1, got {num_frames}")
+    if num_frames > model.data.num_frames and num_given not in model.masking.num_given:
+        raise ConfigError(
+            f"plan.num_given={num_given}: this model was trained with {list(model.masking.num_given)} given "
+            "latent frames. Choose one of these, or train with conditioning=prediction and its num_given"
+        )
     folder = Path(cfg.output) if cfg.output else Path(cfg.model).parent / "samples"
     folder.mkdir(parents=True, exist_ok=True)
 

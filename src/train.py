@@ -52,7 +52,11 @@ def main(cfg: DictConfig) -> None:
     averages: EmaSettings = typed(cfg, "ema", EmaSettings)
     folder = run_folder(cfg)
 
-    # Everything that can be wrong is found before the first step.
+    # Everything that can be wrong is found before the first step; what is quick to see, before the data.
+    if cfg.autoencoder.get("folder") is not None:
+        from .model_folder import autoencoder_config
+
+        autoencoder_config(cfg.autoencoder.folder)
     accelerator, micro_batch_size = make_accelerator(
         precision=machine.precision,
         tf32=machine.tf32,
@@ -71,16 +75,16 @@ def main(cfg: DictConfig) -> None:
 
     source: Any = dataset
     if cfg.get("latents") is not None:
-        from .encode import encode
+        from .encode import ENCODING_SEED, encode
 
         with accelerator.main_process_first():
             source = encode(
-                dataset,
+                build(cfg.dataset, split="train", seed=ENCODING_SEED),
                 cfg.autoencoder.folder,
                 Path(cfg.latents),
                 clips_per_video=cfg.clips_per_video,
                 batch_size=min(settings.batch_size, 16),
-                seed=cfg.seed,
+                order_seed=cfg.seed,
                 device=accelerator.device,
             )
 
@@ -199,6 +203,7 @@ def _diffusion_stage(
     from .diffusion.parameterization import Parameterization
     from .generation import VideoGenerator
     from .model_folder import masking_of, save_diffusion
+    from .models.unet import UNet3d
 
     autoencoder = build(cfg.autoencoder).to(accelerator.device)
     window = autoencoder.latent_shape(data.num_frames, *data.resolution)
@@ -237,9 +242,17 @@ def _diffusion_stage(
             noise_level=0,
         )
 
+    unet = build(unet_node)
+    if isinstance(unet, UNet3d) and any(size % unet.size_multiple for size in window[2:]):
+        h, w = window[2:]
+        factor = [size * unet.size_multiple for size in autoencoder.downsample[1:]]
+        raise ConfigError(
+            f"dataset.resolution={data.resolution} gives latents of {h}x{w}, which the U-Net can't "
+            f"halve often enough; use multiples of {factor[0]}x{factor[1]}, or a shorter unet.channel_mult"
+        )
     stage = build(
         cfg.stage,
-        unet=build(unet_node),
+        unet=unet,
         autoencoder=autoencoder,
         parameterization=parameterization,
         masking=masking,

@@ -234,3 +234,27 @@ def test_every_sweep_names_its_own_folders(path: Path) -> None:
     cfg = composed("train", f"+sweep={path.stem}")
     check(cfg, TrainConfig)
     assert "name:" in path.read_text()
+
+
+TUNED_ONLY_BY_OPTION = ["autoencoder", "conditioning", "discriminator", "perceptual", "unet", "attention"]
+
+
+@pytest.mark.parametrize(
+    "group, option", [(group, option) for group in TUNED_ONLY_BY_OPTION for option in OPTIONS[group]]
+)
+def test_an_option_chosen_on_the_command_line_wins_over_the_experiment(group: str, option: str) -> None:
+    """An experiment that sets keys of a group would silently change what the user chose instead."""
+    stage = "autoencoder" if group in ("discriminator", "perceptual") else "diffusion"
+    experiment = "tiny_autoencoder" if stage == "autoencoder" else "tiny"
+    same = ["autoencoder_from=x", "name=x"] if stage == "diffusion" else ["name=x"]
+    chosen = composed("train", f"+experiment={experiment}", f"{group}={option}", *same)
+    plain = composed("train", f"stage={stage}", f"{group}={option}", *same)
+    check(chosen, TrainConfig)
+    if group == "attention":
+        assert chosen.unet.attention == plain.unet.attention
+    elif group == "unet":
+        assert {k: v for k, v in chosen.unet.items() if k != "attention"} == {
+            k: v for k, v in plain.unet.items() if k != "attention"
+        }
+    else:
+        assert chosen[group] == plain[group]

@@ -135,7 +135,8 @@ def _probe_all(root: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         except VideoError as error:
             return {"stamp": _stamp(path), "error": error.reason}
         except OSError as error:
-            return {"stamp": _stamp(path), "error": error.strerror or str(error)}
+            # Permissions and full tables of files pass: it is asked again at the next start.
+            return {"stamp": None, "error": error.strerror or str(error)}
 
     fresh = [name for name in names if name not in index or index[name]["stamp"] != _stamp(root / name)]
 

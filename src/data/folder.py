@@ -42,11 +42,12 @@ def split_by_name(names: list[str], test_fraction: float, split: str) -> list[st
     """Pick the videos of a split by a hash of their names.
 
     So it is the same on any machine, and new files hardly move it. The test split has ``test_fraction`` of
-    the videos, but at least one if the fraction isn't zero.
+    the videos, but at least one; with a fraction of 0 nothing is kept apart,
+    and the test split is the whole set.
     """
     if not 0 <= test_fraction < 1:
         raise ValueError(f"test_fraction must be in [0, 1), got {test_fraction}")
-    if split == "all":
+    if split == "all" or (split == "test" and test_fraction == 0):
         return names
     by_hash = sorted(names, key=lambda name: hashlib.sha256(name.encode(errors="surrogateescape")).digest())
     count = max(1, round(len(names) * test_fraction)) if test_fraction > 0 else 0
@@ -71,29 +72,36 @@ def folder(
     """Clips of all videos under ``root``; the folder that a video lies in is its class.
 
     If all of ``root`` lies in the folders ``train`` and ``test``, these are the splits; else
-    ``test_fraction`` of the videos, chosen by a hash of their names, is kept for testing.
+    ``test_fraction`` of the usable videos, chosen by a hash of their names, is kept for testing.
 
     Raises FileNotFoundError if there are no videos, ValueError if none is long enough.
     """
     check_split(split)
     names = require_videos(root, "videos", HINT)
     has_splits = {name.split("/", 1)[0] for name in names} == {"train", "test"}
-    if has_splits:
-        chosen = [name for name in names if split in ("all", name.split("/", 1)[0])]
-    else:
-        chosen = split_by_name(names, test_fraction, split)
-    if not chosen:
-        raise ValueError(
-            f"the split {split!r} of {root} is empty: the folder holds {len(names)} videos, and "
-            f"dataset.test_fraction is {test_fraction:g}. Change the fraction or add videos"
-        )
     # The classes are those of the whole folder, so that a label means the same in every split.
     found = find_videos(
         str(root),
         names=names,
         class_of=lambda name: "/".join(name.split("/")[1 if has_splits else 0 : -1]),
         strict=strict,
-    ).only(chosen)
+    )
+    if has_splits:
+        chosen = [name for name in names if split in ("all", name.split("/", 1)[0])]
+    else:
+        # Only videos that can be used are divided: a broken one must not be all that a split gets.
+        span = (num_frames - 1) * frame_stride + 1
+        long_enough = {entry.path for entry in found.entries if entry.num_frames >= span}
+        usable = [name for name in names if str(Path(str(root)) / name) in long_enough]
+        kept = split_by_name(usable, test_fraction, split)
+        if usable and not kept:
+            raise ValueError(
+                f"the split {split!r} of {root} is empty: the folder holds {len(usable)} videos of {span} "
+                f"frames or more, and dataset.test_fraction is {test_fraction:g}. Change it or add videos"
+            )
+        elsewhere = set(usable) - set(kept)
+        chosen = [name for name in names if name not in elsewhere]  # unusable ones are told in every split
+    found = found.only(chosen)
     return ClipDataset(
         found.entries,
         found.classes,

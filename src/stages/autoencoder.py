@@ -78,6 +78,7 @@ class AutoencoderStage:
                 "adaptive_weight": torch.zeros(()),
                 "reconstruction_gradient": torch.zeros(last.shape),
                 "adversarial_gradient": torch.zeros(last.shape),
+                "num_micro_batches": torch.zeros(()),
                 "step": torch.full((), -1, dtype=torch.int64),
             }
 
@@ -130,16 +131,19 @@ class AutoencoderStage:
         if self._step_of_sums != step:
             sums = torch.stack([running["reconstruction_gradient"], running["adversarial_gradient"]])
             if self._step_of_sums >= 0:
-                norms = self.mean_over_processes(sums).flatten(1).norm(dim=1)
+                means = self.mean_over_processes(sums) / running["num_micro_batches"]
+                norms = means.flatten(1).norm(dim=1)
                 running["adaptive_weight"] = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4)
             running["reconstruction_gradient"] = torch.zeros_like(sums[0])
             running["adversarial_gradient"] = torch.zeros_like(sums[1])
+            running["num_micro_batches"] = torch.zeros_like(running["num_micro_batches"])
             running["step"] = torch.full_like(running["step"], step)
             self._step_of_sums = step
         (first,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
         (second,) = torch.autograd.grad(opinion, last_layer, retain_graph=True)
         running["reconstruction_gradient"] += first.detach().float()
         running["adversarial_gradient"] += second.detach().float()
+        running["num_micro_batches"] += 1
         return running["adaptive_weight"].clone()
 
     @torch.no_grad()

@@ -69,7 +69,7 @@ def save(folder: Path, state: State, keep: int) -> Path:
         if target.exists():
             shutil.rmtree(target)
         os.replace(temporary, target)
-    except OSError:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in list_states(folder)[:-keep]:
@@ -97,7 +97,7 @@ def load_latest(folder: Path, state: State, report: Any = print) -> bool:
             for name, expected in description["sha256"].items():
                 if _hash(path / name) != expected:
                     raise ValueError(f"{name} doesn't match its checksum")
-        except (OSError, ValueError, KeyError) as error:
+        except (FileNotFoundError, ValueError, KeyError) as error:
             report(f"state {path} is damaged ({error}); it is removed and the one before it is used")
             shutil.rmtree(path, ignore_errors=True)
             continue

@@ -2,11 +2,16 @@
 
 import os
 import warnings
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 
@@ -56,7 +61,11 @@ def make_accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=share // micro_batch_size, sync_with_dataloader=False
         ),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            # The others wait while the main process reads a large data set for the first time.
+            InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+        ],
         step_scheduler_with_optimizer=False,
     )
     if accelerator.num_processes != world_size:

@@ -81,7 +81,7 @@ class _Pending:
                 if not math.isfinite(value):
                     raise NonFiniteError(
                         f"{module}/{name} became {value} in step {step}; the last saved state is untouched. "
-                        "Try a lower optimizer.lr, train.clip_norm=1, or train.precision=no"
+                        "Try a lower optimizer.lr, train.clip_norm=1, or machine.precision=no"
                     )
                 sums.setdefault(f"{module}/{name}", []).append(value)
         self.steps.clear()
@@ -145,7 +145,12 @@ def train(
         running=stage.running,
         progress={"step": 0, "seconds": 0.0},
     )
-    if checkpoint.load_latest(folder / "state", state, report=accelerator.print):
+    with accelerator.main_process_first():  # which removes damaged states before the others look
+        resumed = checkpoint.load_latest(folder / "state", state, report=accelerator.print)
+    scaler = accelerator.scaler
+    if scaler is not None and "scaler" in state.progress:
+        scaler.load_state_dict(state.progress["scaler"])
+    if resumed:
         accelerator.print(f"going on after step {state.progress['step']} of {folder}")
     stage.running = state.running
     step, seconds_before = state.progress["step"], state.progress["seconds"]
@@ -203,9 +208,16 @@ def train(
             module.train()
 
     def save() -> None:
+        # What processes have summed apart is averaged, which is what the next step would do with it.
+        running = {
+            name: mean_over_processes(value) if value.is_floating_point() else value
+            for name, value in stage.running.items()
+        }
         if main:
-            state.running = stage.running
+            state.running = running
             state.progress = {"step": step, "seconds": seconds()}
+            if scaler is not None:
+                state.progress["scaler"] = scaler.state_dict()
             checkpoint.save(folder / "state", state, settings.keep_states)
         accelerator.wait_for_everyone()
 
@@ -231,7 +243,8 @@ def train(
                     if accelerator.sync_gradients:
                         largest = settings.clip_norm if settings.clip_norm > 0 else math.inf
                         norm = accelerator.clip_grad_norm_(parameters[update.name], largest)
-                        if norm is not None:
+                        # With fp16 a norm may overflow: that step is skipped and the loss scale falls.
+                        if norm is not None and scaler is None:
                             numbers["gradient_norm"] = norm.detach()
                     prepared[update.name].step()
                     prepared[update.name].zero_grad()

@@ -198,3 +198,42 @@ def test_bad_input_ends_in_one_clear_message(arguments: list[str], message: str,
     text = result.stdout + result.stderr
     assert re.search(message, text), text
     assert "Traceback" not in text
+
+
+@pytest.mark.slow
+def test_a_multirun_gives_each_cell_its_folder(home: Path) -> None:
+    few = ["train.num_steps=2", "logger=jsonl", f"hydra.sweep.dir={home}/multirun"]
+    verb(home, "train", "-m", "+experiment=tiny", "seed=0,1", "name=cells", *few, *at(home))
+    cells = [home / "runs" / f"cells-seed={seed}" for seed in (0, 1)]
+    weights = [(cell / "model/weights.safetensors").read_bytes() for cell in cells]
+    assert weights[0] != weights[1]
+
+
+@pytest.mark.slow
+def test_a_full_disk_in_training_is_one_clear_message(home: Path, tmp_path: Path) -> None:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        result = verb(
+            home, "train", "+experiment=tiny_autoencoder", *at(home)[1:], f"runs={tmp_path}", check=False
+        )
+        assert (
+            result.returncode == 2 and "No space left" in result.stderr and "Traceback" not in result.stderr
+        )
+        assert not list(tmp_path.glob("*/state/.step*"))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.slow
+def test_made_videos_are_measured_the_same_twice(home: Path) -> None:
+    """What an evaluation writes must not be taken for samples by the next one."""
+    verb(home, "sample", f"model={home}/runs/tiny/model", "num_samples=4", f"output={home}/made")
+    arguments = [
+        f"samples={home}/made", "dataset=folder", f"dataset.root={home}/made", "dataset.test_fraction=0",
+        "dataset.num_frames=16", "dataset.resolution=32", "dataset.frame_stride=1", "protocol=quick",
+        "protocol.features=null",
+    ]  # fmt: skip
+    sentences = [verb(home, "evaluate", *arguments).stdout.splitlines()[-14:] for _ in range(2)]
+    assert sentences[0] == sentences[1]
+    assert (home / "made_evaluation/evaluation.json").is_file()

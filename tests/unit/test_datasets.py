@@ -129,14 +129,14 @@ def test_splits_hardly_move_with_new_files() -> None:
     assert len(before) == 20 and len(after) == 22
     assert len(before & after) >= 15
     assert split_by_name(["one.mp4"], 0.1, "test") == ["one.mp4"]
-    assert split_by_name(files, 0.0, "test") == [] and split_by_name(files, 0.0, "train") == files
+    assert split_by_name(files, 0.0, "test") == files and split_by_name(files, 0.0, "train") == files
     with pytest.raises(ValueError, match=r"got 1\.5"):
         split_by_name(files, 1.5, "train")
 
 
 def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
     add_video(tmp_path / "1.mp4")
-    with pytest.raises(ValueError, match=r"the split 'test' of .* is empty.*test_fraction is 0"):
+    with pytest.raises(ValueError, match=r"the split 'train' of .* is empty.*test_fraction is 0.1"):
         make(folder, tmp_path, "test", test_fraction=0.0)
 
 
@@ -253,3 +253,20 @@ def test_real_sky_clips_through_the_folder(shared: Shared) -> None:
     train, test = make(folder, root, "train", num_frames=16), make(folder, root, "test", num_frames=16)
     assert len(train) == 36 and len(test) == 12
     assert train[0]["frames"].shape == (16, 16, 16, 3) and train.broken == {}
+
+
+def test_a_broken_file_is_never_all_that_a_split_gets(tmp_path: Path) -> None:
+    """Whatever its name's hash: the splits divide the videos that can be used."""
+    from src.data.video import write_video
+
+    for k in range(3):
+        write_video(tmp_path / f"good_{k}.mp4", np.zeros((8, 16, 16, 3), np.uint8), 8)
+    for k in range(30):
+        (tmp_path / f"broken_{k}.mp4").write_bytes(b"no video")
+    common = dict(
+        test_fraction=0.1, num_frames=4, frame_stride=1, resolution=16, crop="center_crop",
+        horizontal_flip=False, seed=0, cache=None, strict=False,
+    )  # fmt: skip
+    parts = [folder(str(tmp_path), split=split, **common) for split in ("train", "test")]
+    assert [len(part) for part in parts] == [2, 1]
+    assert all(len(part.broken) == 30 for part in parts)
