@@ -137,7 +137,7 @@ def test_splits_hardly_move_with_new_files() -> None:
 def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
     add_video(tmp_path / "1.mp4")
     with pytest.raises(ValueError, match=r"the split 'train' of .* is empty.*test_fraction is 0.1"):
-        make(folder, tmp_path, "test", test_fraction=0.0)
+        make(folder, tmp_path, "train", test_fraction=0.1)
 
 
 def test_broken_files_are_counted_in_their_split_and_strict_raises(tmp_path: Path) -> None:
