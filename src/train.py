@@ -52,8 +52,10 @@ def main(cfg: DictConfig) -> None:
     averages: EmaSettings = typed(cfg, "ema", EmaSettings)
     folder = run_folder(cfg)
 
-    # Everything that can be wrong is found before the first step; what is quick to see, before the data.
-    if cfg.autoencoder.get("folder") is not None:
+    # Everything that can be wrong is found before the first step. A missing autoencoder is seen before much
+    # data is read; missing data, which is told as fast, comes first.
+    root = cfg.dataset.get("root")
+    if cfg.autoencoder.get("folder") is not None and root is not None and Path(root).exists():
         from .model_folder import autoencoder_config
 
         autoencoder_config(cfg.autoencoder.folder)

@@ -179,6 +179,7 @@ BAD = [
         ["train", "+experiment=ucf101_autoencoder", "dataset.root=nowhere"],
         "UCF-101[\\s\\S]*src.prepare dataset=ucf101",
     ),
+    (["train", "+experiment=ucf101", "dataset.root=nowhere"], "UCF-101[\\s\\S]*src.prepare dataset=ucf101"),
     (["train", "+experiment=tiny", "autoencoder.folder=nowhere"], "no model at nowhere[\\s\\S]*src.train"),
     (["train", "+experiment=tiny_autoencoder", "dataset.resolution=30"], "multiple of 4; use 28 or 32"),
     (["train", "+experiment=tiny_autoencoder", "dataset.num_frames=80"], "too short"),
