@@ -450,10 +450,10 @@ def _resolve_targets(node: Any, trusted: bool) -> Any:
 
 def save_resolved(cfg: DictConfig, path: Path) -> None:
     """Writes the config with all interpolations resolved, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    os.replace(temporary, path)
+    from .data.storage import atomic_path
+
+    with atomic_path(path) as part:
+        part.write_text(OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def difference(old: Any, new: Any, path: str = "") -> list[str]:
@@ -519,6 +519,4 @@ def claim_run_folder(cfg: DictConfig, folder: Path) -> None:
                 f"{folder} holds a run with another config (old -> new):\n{changes}\n"
                 f"Choose another folder with name=…, or remove {folder} to start anew"
             )
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(parents=True)
     save_resolved(cfg, path)

@@ -4,11 +4,7 @@ A diffusion model's folder is self-contained: its autoencoder lies in the sub-fo
 Equal weights give equal bytes: no date, host or path is stored beside them.
 """
 
-import contextlib
 import hashlib
-import os
-import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from .config import CONF, PACKAGE, build
-from .data.storage import load_tensors, save_tensors
+from .data.storage import atomic_folder, load_tensors, save_tensors
 from .diffusion.conditioning import FrameMasking
 from .diffusion.parameterization import Parameterization
 from .diffusion.samplers import Sampler
@@ -101,7 +97,7 @@ def save_autoencoder(
     folder: Path, autoencoder: nn.Module, *, node: dict[str, Any], data: DataRecord, step: int
 ) -> None:
     """Writes an autoencoder's folder, replacing an older one only once the new one is complete."""
-    with _replaced(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         _write(
             temporary,
             autoencoder,
@@ -120,7 +116,7 @@ def save_diffusion(
     step: int,
 ) -> None:
     """Writes a diffusion model's folder with its autoencoder's inside."""
-    with _replaced(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         inside = temporary / "autoencoder"
         inside.mkdir()
         record = {"kind": "autoencoder", "autoencoder": autoencoder_node, "data": asdict(data), "step": 0}
@@ -171,7 +167,7 @@ def load_diffusion(folder: str, trained: bool = True) -> DiffusionModel:
     """A latent diffusion model of its folder.
 
     Args:
-        folder: written by ``python -m src.train`` or ``src.convert``.
+        folder: written by ``python -m src.train``.
         trained: False leaves the network at its initial weights, to compare against.
 
     Raises:
@@ -253,32 +249,10 @@ def fingerprint(folder: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextlib.contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``folder`` when the block ends well."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _write(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
     weights = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     save_tensors(weights, folder / "weights.safetensors")
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **config})))
-    for path in folder.iterdir():
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def _fill(module: nn.Module, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,35 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to fill; at the end its files are on the disk and it takes the place of ``path``.
+
+    After an error it is gone, and what was at ``path`` stays. So are leftovers of a process that was killed;
+    what one had set aside when it was killed comes back to its place.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = path.with_name(f".{path.name}.old.part")
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    for leftover in path.parent.glob(f".{path.name}.*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.mkdir()
+        yield part
+        for file in part.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        if path.exists():
+            os.replace(path, old)
+        os.replace(part, path)
+    finally:
+        for leftover in path.parent.glob(f".{path.name}.*.part"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:

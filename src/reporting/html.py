@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.storage import atomic_path
 from ..data.video import VideoError, probe
 from .plots import draw, panels
 from .runs import Clip, Evaluation, Preview, Run
@@ -44,7 +44,6 @@ _MEANINGS: tuple[tuple[str, str, str], ...] = (
     ),
     ("reconstruction_psnr", "Autoencoder", "dB on held-out clips; higher is better"),
     ("reconstruction_ssim", "Autoencoder", "on held-out clips; 1 is perfect"),
-    ("reconstruction_lpips", "Autoencoder", "on held-out clips; lower is better"),
     ("mean_frame_psnr", "Autoencoder", "dB of predicting the mean of all frames"),
     ("still_frame_psnr", "Autoencoder", "dB of predicting each clip's own mean frame"),
 )
@@ -124,14 +123,8 @@ def write_page(runs: Sequence[Run], output: str | Path, title: str) -> None:
     """
     if not runs:
         raise ValueError("a report needs at least one run; give runs=[FOLDER,…]")
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        partial.write_text(render(runs, title), encoding="utf-8")
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_path(Path(output)) as part:
+        part.write_text(render(runs, title), encoding="utf-8")
 
 
 def render(runs: Sequence[Run], title: str) -> str:

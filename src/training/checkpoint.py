@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..data.storage import save_tensors
+from ..data.storage import atomic_folder, load_tensors, save_tensors, write_json
 
 
 @dataclass
@@ -44,34 +42,23 @@ def save(folder: Path, state: State, keep: int) -> Path:
     Raises:
         OSError: if the disk is full or read-only; nothing that was there is lost.
     """
-    step = state.progress["step"]
-    target = folder / f"step_{step:09d}"
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".step_*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        optimizers, groups = _flatten_optimizers(state.optimizers)
-        files = {
-            "modules.safetensors": _flatten_modules(state.modules),
-            "averages.safetensors": _flatten_modules(state.averages),
-            "optimizers.safetensors": optimizers,
-            "running.safetensors": {name: value.contiguous() for name, value in state.running.items()},
-        }
-        checksums = {}
+    target = folder / f"step_{state.progress['step']:09d}"
+    optimizers, groups = _flatten_optimizers(state.optimizers)
+    files = {
+        "modules.safetensors": _flatten_modules(state.modules),
+        "averages.safetensors": _flatten_modules(state.averages),
+        "optimizers.safetensors": optimizers,
+        "running.safetensors": {name: value.contiguous() for name, value in state.running.items()},
+    }
+    with atomic_folder(target) as part:
         for name, tensors in files.items():
-            save_tensors(tensors, temporary / name)
-            checksums[name] = _sync_and_hash(temporary / name)
-        description = {"progress": state.progress, "optimizers": groups, "sha256": checksums}
-        (temporary / "state.json").write_text(json.dumps(description, indent=1))
-        _sync_and_hash(temporary / "state.json")
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            save_tensors(tensors, part / name)
+        description = {
+            "progress": state.progress,
+            "optimizers": groups,
+            "sha256": {name: _hash(part / name) for name in files},
+        }
+        write_json(part / "state.json", description)
     for old in list_states(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -101,12 +88,12 @@ def load_latest(folder: Path, state: State, report: Any = print) -> bool:
             report(f"state {path} is damaged ({error}); it is removed and the one before it is used")
             shutil.rmtree(path, ignore_errors=True)
             continue
-        _fill_modules(state.modules, load_file(path / "modules.safetensors"), path)
-        _fill_modules(state.averages, load_file(path / "averages.safetensors"), path)
+        _fill_modules(state.modules, load_tensors(path / "modules.safetensors"), path)
+        _fill_modules(state.averages, load_tensors(path / "averages.safetensors"), path)
         _fill_optimizers(
-            state.optimizers, load_file(path / "optimizers.safetensors"), description["optimizers"]
+            state.optimizers, load_tensors(path / "optimizers.safetensors"), description["optimizers"]
         )
-        running = load_file(path / "running.safetensors")
+        running = load_tensors(path / "running.safetensors")
         if running.keys() != state.running.keys():
             raise ValueError(f"state {path} holds {sorted(running)}, expected {sorted(state.running)}")
         state.running.update(running)
@@ -117,12 +104,6 @@ def load_latest(folder: Path, state: State, report: Any = print) -> bool:
 
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_and_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,13 +1,13 @@
 """Where numbers and videos of a run go: ``metrics.jsonl`` for programs, TensorBoard for eyes."""
 
 import json
-import os
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary
 
+from ..data.storage import atomic_path
 from ..data.transforms import to_frames
 from ..data.video import encode_preview
 
@@ -43,9 +43,8 @@ class Tracker:
                 continue
             if row["step"] <= step:
                 rows.append(line)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(f"{row}\n" for row in rows))
-        os.replace(temporary, self.path)
+        with atomic_path(self.path) as part:
+            part.write_text("".join(f"{row}\n" for row in rows))
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         """Adds one row."""
@@ -64,10 +63,8 @@ class Tracker:
             )
             encoded = encode_preview(side_by_side, self.fps)
             path = self.folder / "previews" / f"step_{step:09d}" / f"{title}.webp"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(encoded)
-            os.replace(temporary, path)
+            with atomic_path(path) as part:
+                part.write_bytes(encoded)
             if self._writer is not None:
                 # TensorBoard's own add_video writes nothing here; an animated image plays in its page.
                 image = Summary.Image(

@@ -113,7 +113,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync_and_hash", full)
+    monkeypatch.setattr(checkpoint, "write_json", full)  # the last file of a state
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(tmp_path, make_state(20), keep=1)
     assert os.listdir(tmp_path) == ["step_000000010"]
