@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -80,8 +81,9 @@ def test_sample_17_is_sample_17_in_any_batch(home: Path) -> None:
     )
     verb(home, "sample", f"model={model}", "num_samples=1", "first_seed=17", f"output={home}/b")
     a, b = (read_clip(home / name / "sample_000017.mp4", 0, 16).astype(int) for name in "ab")
-    # One level before encoding; the encoder can turn that into a few at single pixels.
-    assert abs(a - b).max() <= 4 and abs(a - b).mean() < 0.05
+    # One level before encoding; the encoder can turn that into a few, in a block here and there.
+    difference = abs(a - b)
+    assert np.quantile(difference, 0.999) <= 4 and difference.mean() < 0.05
     description = json.loads((home / "a/samples.json").read_text())
     assert [entry["seed"] for entry in description["samples"]] == [15, 16, 17]
 
