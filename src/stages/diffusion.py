@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..data.sampler import Batch, LatentBatch, clip_generator, rand_per_clip, randint_per_clip, randn_per_clip
 from ..diffusion.conditioning import Condition, FrameMasking, GivenFrames, denoiser_of
+from ..diffusion.objective import denoising_loss
 from ..diffusion.parameterization import Parameterization
 from ..generation import VideoGenerator
 from ..models.autoencoder import LatentSpace
@@ -17,8 +18,8 @@ from .stage import Modules, Update
 class DiffusionStage:
     """Denoising of latents of a frozen autoencoder.
 
-    A clip's loss is the mean error of the prediction over the latent frames that are not given; timestep,
-    noise, posterior sample, mask and perturbation are pure functions of the seed and the clip's position.
+    A clip's loss is that of :func:`denoising_loss`; timestep, noise, posterior sample, mask and perturbation
+    are pure functions of the seed and the clip's position.
 
     Args:
         unet: predicts from ``(noisy_latents, timesteps, mask=, noise_level=, label=)``.
@@ -26,12 +27,14 @@ class DiffusionStage:
         parameterization: the schedule and what the network predicts.
         masking: which frames are given in training, and how they are perturbed.
         loss: ``l2`` (Ho et al. 2020, eq. 14) or ``l1`` (the released code).
+        given_frames_in_loss: whether given frames, too, are to be denoised from the level to which they were
+            perturbed (the released code); otherwise they take no part in the loss.
         has_labels: whether the network is told classes.
         generator: makes a :class:`VideoGenerator` of a network, for previews.
         seed: of all training noise.
 
     Raises:
-        ValueError: for an unknown loss.
+        ValueError: for an unknown loss, or for given frames in the loss where none is perturbed.
     """
 
     exported = "unet"
@@ -44,18 +47,27 @@ class DiffusionStage:
         parameterization: Parameterization,
         masking: FrameMasking,
         loss: Literal["l2", "l1"],
+        given_frames_in_loss: bool,
         has_labels: bool,
         generator: Callable[[nn.Module], VideoGenerator],
         seed: int,
     ) -> None:
         if loss not in ("l2", "l1"):
             raise ValueError(f"unknown loss {loss!r}; choose l2 or l1")
+        if given_frames_in_loss and not (masking.gives_frames and masking.max_noise_level > 0):
+            raise ValueError(
+                "given_frames_in_loss=true needs given frames that are perturbed, since clean ones leave "
+                f"nothing to predict; got max_noise_level={masking.max_noise_level} and frames given to "
+                f"{masking.prediction + masking.interpolation:.0%} of the clips. Use "
+                "conditioning=prediction, interpolation or any, or stage.given_frames_in_loss=false"
+            )
         self.modules: dict[str, nn.Module] = {"unet": unet}
         self.running: dict[str, Tensor] = {}
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.parameterization = parameterization
         self.masking = masking
         self.error: Callable[[Tensor], Tensor] = torch.square if loss == "l2" else torch.abs
+        self.given_frames_in_loss = given_frames_in_loss
         self.has_labels = has_labels
         self.generator = generator
         self.seed = seed
@@ -73,10 +85,14 @@ class DiffusionStage:
         )
         return self.autoencoder.normalize(posterior.sample(noise))
 
-    def _condition(self, latents: Tensor, batch: Batch | LatentBatch) -> Condition:
-        """Which frames are given, perturbed as conditional latent perturbation says, and which class."""
+    def _condition(self, latents: Tensor, batch: Batch | LatentBatch) -> tuple[Condition, Tensor | None]:
+        """Which frames are given, perturbed as conditional latent perturbation says, and which class.
+
+        Returns:
+            The condition, and the noise ``b c t h w`` by which given latents are perturbed, None without.
+        """
         device, positions = latents.device, batch.positions
-        frames = label = None
+        frames = label = perturbation = None
         if self.masking.gives_frames:
             masks = [
                 self.masking.mask(latents.shape[2], clip_generator(self.seed, position, "mask"))
@@ -90,13 +106,13 @@ class DiffusionStage:
                 level = randint_per_clip(
                     0, self.masking.max_noise_level, (), self.seed, positions, "noise level", device
                 )
-                noise = randn_per_clip(latents.shape[1:], self.seed, positions, "perturbation", device)
-                given = self.parameterization.add_noise(latents, noise, level)
+                perturbation = randn_per_clip(latents.shape[1:], self.seed, positions, "perturbation", device)
+                given = self.parameterization.add_noise(latents, perturbation, level)
             frames = GivenFrames(given, mask, level)
         if self.has_labels:
             draw = rand_per_clip((), self.seed, positions, "class dropout", device)
             label = torch.where(draw >= self.masking.class_dropout, batch.label.to(device), -1)
-        return Condition(frames, label)
+        return Condition(frames, label), perturbation
 
     def updates(self, modules: Modules, batch: Batch | LatentBatch, step: int) -> Iterator[Update]:
         """The denoising loss of one micro-batch."""
@@ -105,23 +121,18 @@ class DiffusionStage:
             0, self.parameterization.num_timesteps, (), self.seed, batch.positions, "timestep", latents.device
         )
         noise = randn_per_clip(latents.shape[1:], self.seed, batch.positions, "noise", latents.device)
-        loss = self._loss_per_clip(
-            modules["unet"], latents, noise, timesteps, self._condition(latents, batch)
+        condition, perturbation = self._condition(latents, batch)
+        loss = denoising_loss(
+            denoiser_of(modules["unet"]),
+            self.parameterization,
+            latents,
+            noise,
+            timesteps,
+            condition,
+            error=self.error,
+            given_noise=perturbation if self.given_frames_in_loss else None,
         )
         yield Update("unet", loss.mean(), {})
-
-    def _loss_per_clip(
-        self, unet: nn.Module, latents: Tensor, noise: Tensor, timesteps: Tensor, condition: Condition
-    ) -> Tensor:
-        """Mean error of each clip over its frames that are not given, shape ``b``."""
-        noisy = self.parameterization.add_noise(latents, noise, timesteps)
-        prediction = denoiser_of(unet)(noisy, timesteps, condition)
-        target = self.parameterization.target(latents, noise, timesteps)
-        error = self.error(prediction.float() - target).mean(dim=1, keepdim=True)
-        if condition.frames is None:
-            return error.flatten(1).mean(1)
-        free = 1.0 - condition.frames.mask
-        return (error * free).flatten(1).sum(1) / free.flatten(1).sum(1)
 
     @torch.no_grad()
     def preview(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:
@@ -135,10 +146,11 @@ class DiffusionStage:
     def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
         """Denoising loss on held-out clips at four fixed times, with nothing given, and their mean."""
         times = [int(self.parameterization.num_timesteps * part) for part in (0.125, 0.375, 0.625, 0.875)]
+        denoiser = denoiser_of(modules["unet"])
         sums, count = torch.zeros(len(times), dtype=torch.float64), 0
         for batch in batches:
             latents = self.latents(batch)
-            condition = self._condition(latents, batch).dropped()
+            condition = self._condition(latents, batch)[0].dropped()
             if self.has_labels:
                 condition = Condition(condition.frames, batch.label.to(latents.device))
             for i, time in enumerate(times):
@@ -146,7 +158,9 @@ class DiffusionStage:
                     latents.shape[1:], self.seed, batch.positions, f"evaluation {i}", latents.device
                 )
                 timesteps = torch.full((len(latents),), time, dtype=torch.int64, device=latents.device)
-                losses = self._loss_per_clip(modules["unet"], latents, noise, timesteps, condition)
+                losses = denoising_loss(
+                    denoiser, self.parameterization, latents, noise, timesteps, condition, error=self.error
+                )
                 sums[i] += losses.double().sum().cpu()
             count += len(latents)
         means = (sums / max(count, 1)).tolist()

@@ -33,13 +33,16 @@ class Told(nn.Module):
         return self.weight * x
 
 
-def diffusion_stage(unet: nn.Module, loss: str, **masking: object) -> DiffusionStage:
+def diffusion_stage(
+    unet: nn.Module, loss: str, given_frames_in_loss: bool = False, **masking: object
+) -> DiffusionStage:
     values = (
         dict(prediction=0.0, interpolation=0.0, num_given=[], max_noise_level=0, class_dropout=0.0) | masking
     )
     return DiffusionStage(
         unet, autoencoder=IdentityAutoencoder3d(), parameterization=PROCESS, masking=FrameMasking(**values),
-        loss=loss, has_labels=False, generator=lambda _: None, seed=0,
+        loss=loss, given_frames_in_loss=given_frames_in_loss, has_labels=False,
+        generator=lambda _: None, seed=0,
     )  # fmt: skip
 
 
@@ -85,6 +88,25 @@ def test_perturbation_noises_given_frames_to_the_level_that_is_told() -> None:
     assert noise.mean().item() == pytest.approx(0, abs=0.05) and noise.std().item() == pytest.approx(
         1, abs=0.05
     )
+
+
+def test_given_frames_in_the_loss_are_denoised_from_the_level_that_is_told() -> None:
+    unet = Told()
+    stage = diffusion_stage(unet, "l2", True, prediction=1.0, num_given=[2], max_noise_level=250)
+    batch = clips(range(8))
+    (update,) = stage.updates(stage.modules, batch, 0)
+    told = unet.told[0]
+    signal, spread = PROCESS.coefficients(told["timesteps"], told["x"])
+    noise = (told["x"] - signal * batch.video) / spread
+    signal, spread = PROCESS.coefficients(told["noise_level"], told["x"])
+    noise[:, :, :2] = ((told["x"] - signal * batch.video) / spread)[:, :, :2]
+    assert update.loss.item() == pytest.approx(noise.square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("masking", [dict(prediction=1.0, num_given=[1]), dict(max_noise_level=250)])
+def test_given_frames_in_the_loss_must_be_perturbed(masking: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"max_noise_level=.*conditioning=prediction"):
+        diffusion_stage(Told(), "l2", True, **masking)
 
 
 def test_splitting_a_batch_changes_nothing_but_rounding() -> None:
