@@ -6,6 +6,7 @@ VERBS = {
     "encode": "encode a data set once, for the training of a diffusion model",
     "sample": "make videos with a trained model",
     "evaluate": "measure a model, or a folder of videos, against real ones",
+    "convert": "turn checkpoints of the released LVDM code into model folders, and back",
     "report": "write a page about some runs",
 }
 

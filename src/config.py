@@ -159,6 +159,7 @@ class TrainConfig:
     conditioning: Any = None
     class_conditional: Any = None
     sampler: Any = None
+    start_from: str | None = None
     latents: str | None = None
     autoencoder_from: str | None = None
     clips_per_video: int = 1
@@ -212,6 +213,18 @@ class EncodeConfig:
     batch_size: int
     machine: MachineSettings
     dataset: Any
+
+
+@dataclass
+class ConvertConfig:
+    """Top-level keys of ``python -m src.convert``."""
+
+    checkpoint: str
+    output: str
+    config: str | None
+    use_ema: bool
+    direction: str
+    preset: Any = None
 
 
 @dataclass
@@ -443,6 +456,20 @@ def _resolve_targets(node: Any, trusted: bool) -> Any:
             )
         resolved["_target_"] = _absolute(target)
     return resolved
+
+
+def full_arguments(node: Any) -> Any:
+    """A plain node with the defaults of its constructors written out, so that two of them can be compared."""
+    if isinstance(node, list | tuple):
+        return [full_arguments(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    full = {key: full_arguments(value) for key, value in node.items()}
+    if "_target_" not in node:
+        return full
+    parameters = inspect.signature(_locate(node["_target_"])).parameters.values()
+    defaults = {p.name: full_arguments(p.default) for p in parameters if p.default is not p.empty}
+    return defaults | full
 
 
 # ---------------------------------------------------------------- saving and comparing

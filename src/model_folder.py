@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from .config import CONF, PACKAGE, build
+from .config import CONF, PACKAGE, build, difference, full_arguments
 from .data.storage import atomic_folder, load_tensors, save_tensors
 from .diffusion.conditioning import FrameMasking
 from .diffusion.parameterization import Parameterization
@@ -201,6 +201,54 @@ def load_diffusion(folder: str, trained: bool = True) -> DiffusionModel:
         data=data_record(config),
         step=config["step"],
     )
+
+
+# What a network may change when it goes on from a model folder: nothing that its weights were made for.
+FREE_ON_START = {"dropout", "checkpoint", "initial_logvar"}
+
+
+def start_from(
+    folder: str, module: nn.Module, node: dict[str, Any], kind: str, autoencoder: str | None = None
+) -> None:
+    """Fills a network with the weights of a model folder, to train on from there.
+
+    Args:
+        folder: of a model of the same kind; for an autoencoder also of a diffusion model, which holds one.
+        module: just built from ``node``.
+        node: the network's node in the new run's config.
+        kind: ``unet`` or ``autoencoder``.
+        autoencoder: folder of the autoencoder on whose latents a U-Net will be trained.
+
+    Raises:
+        FileNotFoundError: if there is no model folder.
+        ValueError: if it holds another kind of model, another architecture (the message names the keys) or a
+            model of another autoencoder's latents.
+    """
+    path = Path(folder)
+    config = read_config(path, remedy="") if kind == "unet" else autoencoder_config(folder)[1]
+    if kind not in config:
+        raise ValueError(f"start_from={folder} holds an {config['kind']}, expected a diffusion model")
+    if kind == "autoencoder":
+        path = autoencoder_config(folder)[0]
+    old, new = (
+        {key: value for key, value in full_arguments(plain).items() if key not in FREE_ON_START}
+        for plain in (config[kind], node)
+    )
+    lines = difference(old, new)
+    if lines:
+        changes = "\n".join(lines)
+        raise ValueError(
+            f"the network in start_from={folder} is another one than the config's (folder -> config):\n"
+            f"{changes}\nSet these keys of {kind} as the folder has them, or train anew: start_from=null"
+        )
+    if autoencoder is not None and fingerprint(autoencoder_config(autoencoder)[0]) != config.get(
+        "autoencoder_sha256"
+    ):
+        raise ValueError(
+            f"the network in start_from={folder} was trained on latents of another autoencoder than "
+            f"{autoencoder}; use its own: autoencoder.folder={folder}"
+        )
+    _fill(module, path)
 
 
 def data_record(config: dict[str, Any]) -> DataRecord:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .data.clips import ClipDataset
+    from .diffusion.conditioning import FrameMasking
     from .model_folder import DataRecord
     from .stages.stage import Stage
 
@@ -173,12 +174,32 @@ def stage_of(
     return _autoencoder_stage(cfg, data, accelerator)
 
 
+def unet_node(
+    node: dict[str, Any], window: tuple[int, int, int, int], masking: "FrameMasking", num_classes: int
+) -> dict[str, Any]:
+    """The U-Net's node with what objects can tell: channels, and what the network is told beside the time.
+
+    The table of noise levels has a row more than there are levels, as the released networks' has.
+    """
+    perturbed = masking.gives_frames and masking.max_noise_level > 0
+    return node | {
+        "in_channels": window[0],
+        "out_channels": window[0],
+        "mask_channel": masking.gives_frames,
+        "num_noise_levels": masking.max_noise_level + 1 if perturbed else 0,
+        "num_classes": num_classes,
+    }
+
+
 def _autoencoder_stage(
     cfg: DictConfig, data: "DataRecord", accelerator: "Accelerator"
 ) -> tuple["Stage", SaveModel]:
-    from .model_folder import save_autoencoder
+    from .model_folder import save_autoencoder, start_from
 
     autoencoder = build(cfg.autoencoder)
+    node = _plain(cfg)["autoencoder"]
+    if cfg.start_from is not None:
+        start_from(cfg.start_from, autoencoder, node, "autoencoder")
     autoencoder.latent_shape(data.num_frames, *data.resolution)  # refuses sizes that it can't divide
     perceptual = None if cfg.perceptual is None else build(cfg.perceptual).to(accelerator.device)
     stage = build(
@@ -191,7 +212,6 @@ def _autoencoder_stage(
             accelerator.reduce(values, reduction="mean") if accelerator.num_processes > 1 else values
         ),
     )
-    node = _plain(cfg)["autoencoder"]
 
     def save_model(folder: Path, module: "nn.Module", step: int) -> None:
         save_autoencoder(folder, module, node=node, data=data, step=step)
@@ -204,7 +224,7 @@ def _diffusion_stage(
 ) -> tuple["Stage", SaveModel]:
     from .diffusion.parameterization import Parameterization
     from .generation import VideoGenerator
-    from .model_folder import masking_of, save_diffusion
+    from .model_folder import masking_of, save_diffusion, start_from
     from .models.unet import UNet3d
 
     autoencoder = build(cfg.autoencoder).to(accelerator.device)
@@ -219,14 +239,7 @@ def _diffusion_stage(
             f"class_conditional=true needs a data set with classes, got {data.name} with {num_classes}; "
             "put each class into a folder of its own, or use class_conditional=false"
         )
-    # Facts that objects can tell are asked of the objects, and recorded with the network.
-    unet_node = plain["unet"] | {
-        "in_channels": window[0],
-        "out_channels": window[0],
-        "mask_channel": masking.gives_frames,
-        "num_noise_levels": masking.max_noise_level if masking.gives_frames else 0,
-        "num_classes": num_classes,
-    }
+    node = unet_node(plain["unet"], window, masking, num_classes)
     parameterization = Parameterization(build(cfg.noise_schedule), cfg.prediction_type).to(accelerator.device)
     sampler = build(cfg.sampler)
 
@@ -240,11 +253,11 @@ def _diffusion_stage(
             window=window,
             gives_frames=masking.gives_frames,
             has_labels=num_classes > 0,
-            max_noise_level=unet_node["num_noise_levels"],
+            max_noise_level=masking.max_noise_level if masking.gives_frames else 0,
             noise_level=0,
         )
 
-    unet = build(unet_node)
+    unet = build(node)
     if isinstance(unet, UNet3d) and any(size % unet.size_multiple for size in window[2:]):
         h, w = window[2:]
         factor = [size * unet.size_multiple for size in autoencoder.downsample[1:]]
@@ -252,6 +265,8 @@ def _diffusion_stage(
             f"dataset.resolution={data.resolution} gives latents of {h}x{w}, which the U-Net can't "
             f"halve often enough; use multiples of {factor[0]}x{factor[1]}, or a shorter unet.channel_mult"
         )
+    if cfg.start_from is not None:
+        start_from(cfg.start_from, unet, node, "unet", cfg.autoencoder.get("folder"))
     stage = build(
         cfg.stage,
         unet=unet,
@@ -263,7 +278,7 @@ def _diffusion_stage(
         seed=cfg.seed,
     )
     config = {
-        "unet": unet_node,
+        "unet": node,
         "noise_schedule": plain["noise_schedule"],
         "prediction_type": plain["prediction_type"],
         "conditioning": plain["conditioning"],

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from src.config import (
     CONF,
     EXPERIMENTS,
+    ConvertConfig,
     EmaSettings,
     EncodeConfig,
     EvaluateConfig,
@@ -163,6 +164,10 @@ def of_protocol(option: str) -> Any:
     return OmegaConf.to_yaml(composed("evaluate", f"protocol={option}").protocol)
 
 
+def of_preset(option: str) -> Any:
+    return OmegaConf.to_yaml(composed("convert", f"preset={option}", "checkpoint=x", "output=y").preset)
+
+
 def of_machine(option: str) -> Any:
     cfg = composed("train", f"machine={option}", "name=x", "autoencoder.folder=x")
     check(cfg, TrainConfig)
@@ -190,6 +195,7 @@ PROBES: dict[str, Callable[[str], Any]] = {
     "dataset": of_dataset,
     "protocol": of_protocol,
     "machine": of_machine,
+    "preset": of_preset,
     "experiment": of_experiment,
     "ema": of_plumbing("ema", EmaSettings, "train"),
     "logger": of_plumbing("logger", LoggerSettings, "train"),
@@ -217,6 +223,7 @@ def test_every_option_changes_an_output(group: str) -> None:
         ("evaluate", EvaluateConfig, ["model=x"]),
         ("encode", EncodeConfig, ["model=x", "output=y"]),
         ("prepare", PrepareConfig, ["dataset=synthetic"]),
+        ("convert", ConvertConfig, ["preset=short_sky", "checkpoint=x", "output=y"]),
         ("report", ReportConfig, ["runs=[x]", "output=y"]),
     ],
 )

@@ -36,6 +36,27 @@ def linear(num_timesteps: int, beta_start: float, beta_end: float) -> Tensor:
     return _cumulate(roots**2)
 
 
+def power(num_timesteps: int, start: float, end: float, exponent: float) -> Tensor:
+    """Noise variances that are a power of numbers growing linearly, ``linspace(start, end) ** exponent``.
+
+    An exponent of 1 gives variances that grow linearly themselves, as in DDPM (Ho et al. 2020, section 4:
+    from 0.0001 to 0.02 over 1000 steps).
+
+    Returns:
+        ``alphas_cumprod``, float64, shape ``(num_timesteps,)``.
+
+    Raises:
+        ValueError: unless there are at least two timesteps and all variances lie between 0 and 1.
+    """
+    if num_timesteps < 2:
+        raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
+    if not 0.0 < start <= end < 1.0 or exponent <= 0.0:
+        raise ValueError(
+            f"expected 0 < start <= end < 1 and exponent > 0, got start={start}, end={end}, {exponent=}"
+        )
+    return _cumulate(torch.linspace(start, end, num_timesteps, dtype=torch.float64) ** exponent)
+
+
 def cosine(num_timesteps: int, offset: float, max_beta: float) -> Tensor:
     """Signal that falls like a squared cosine (Nichol and Dhariwal 2021, eq. 17).
 

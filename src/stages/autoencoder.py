@@ -30,13 +30,15 @@ class AutoencoderStage:
         pixel_loss: ``mse`` (the paper) or ``l1`` (the released code).
         perceptual_weight: weight of the perceptual distance.
         adversarial_weight: weight of the adversarial term, before the adaptive factor.
+        adversarial_loss: of the discriminator: ``hinge`` (Lim and Ye 2017) or ``vanilla``, the logistic loss
+            (Goodfellow et al. 2014); the autoencoder's side is the mean logit with either.
         adversarial_start: step from which the adversary takes part.
         kl_weight: weight of the divergence.
         seed: of the posterior's samples.
         mean_over_processes: averages a tensor over processes.
 
     Raises:
-        ValueError: for an unknown pixel loss.
+        ValueError: for an unknown pixel or adversarial loss.
     """
 
     exported = "autoencoder"
@@ -50,6 +52,7 @@ class AutoencoderStage:
         pixel_loss: Literal["mse", "l1"],
         perceptual_weight: float,
         adversarial_weight: float,
+        adversarial_loss: Literal["hinge", "vanilla"],
         adversarial_start: int,
         kl_weight: float,
         seed: int,
@@ -57,6 +60,8 @@ class AutoencoderStage:
     ) -> None:
         if pixel_loss not in ("mse", "l1"):
             raise ValueError(f"unknown pixel_loss {pixel_loss!r}; choose mse or l1")
+        if adversarial_loss not in ("hinge", "vanilla"):
+            raise ValueError(f"unknown adversarial_loss {adversarial_loss!r}; choose hinge or vanilla")
         self.modules: dict[str, nn.Module] = {"autoencoder": autoencoder}
         self.autoencoder = autoencoder
         self.discriminator = discriminator
@@ -66,6 +71,7 @@ class AutoencoderStage:
         self.pixel_error = F.mse_loss if pixel_loss == "mse" else F.l1_loss
         self.perceptual_weight = perceptual_weight
         self.adversarial_weight = adversarial_weight
+        self.separate = hinge_loss if adversarial_loss == "hinge" else logistic_loss
         self.adversarial_start = adversarial_start
         self.kl_weight = kl_weight
         self.seed = seed
@@ -118,8 +124,8 @@ class AutoencoderStage:
         if adversarial:
             pair = torch.cat([video, reconstruction.detach()])
             real, fake = modules["discriminator"](pair).chunk(2)
-            hinge = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
-            yield Update("discriminator", hinge, {"real": real.detach().mean(), "fake": fake.detach().mean()})
+            metrics = {"real": real.detach().mean(), "fake": fake.detach().mean()}
+            yield Update("discriminator", self.separate(real, fake), metrics)
 
     def _adaptive_weight(
         self, reconstruction: Tensor, opinion: Tensor, last_layer: Tensor, step: int
@@ -182,6 +188,16 @@ class AutoencoderStage:
         mean = total / count
         autoencoder.latent_mean.copy_(mean)
         autoencoder.latent_std.copy_((square / count - mean.square()).clamp_min(1e-12).sqrt())
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's hinge loss of logits for real and reconstructed patches (Lim and Ye 2017)."""
+    return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+
+
+def logistic_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """The discriminator's logistic loss, halved as the hinge loss is (Goodfellow et al. 2014)."""
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
 def _latent_space(modules: Modules) -> LatentSpace:

@@ -30,6 +30,16 @@ def test_cosine_follows_the_squared_cosine_until_the_clip() -> None:
     assert table[999].item() == pytest.approx(table[998].item() * 0.001, rel=1e-9)
 
 
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+def test_power_gives_the_variances_it_says(exponent: float) -> None:
+    table = noise_schedule.power(100, 0.001, 0.04, exponent)
+    before = torch.cat([torch.ones(1, dtype=torch.float64), table[:-1]])
+    expected = [(0.001 + k / 99 * 0.039) ** exponent for k in range(100)]
+    torch.testing.assert_close(1 - table / before, torch.tensor(expected).double(), rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="exponent"):
+        noise_schedule.power(100, 0.04, 0.001, exponent)
+
+
 @pytest.mark.parametrize("start, end", [(0.0, 0.01), (0.02, 0.01), (0.1, 1.0)])
 def test_impossible_variances_are_refused(start: float, end: float) -> None:
     with pytest.raises(ValueError, match="beta_start"):

@@ -141,7 +141,8 @@ def autoencoder_stage(seed: int = 0) -> AutoencoderStage:
             hidden_channels=8, downsample=(2, 2, 2), norm_groups=4, encoder_blocks=1, decoder_blocks=1
         ),
         discriminator=PatchDiscriminator(width=8, n_layers=1), perceptual=None, pixel_loss="mse",
-        perceptual_weight=1.0, adversarial_weight=0.5, adversarial_start=2, kl_weight=0.0, seed=0,
+        perceptual_weight=1.0, adversarial_weight=0.5, adversarial_loss="hinge",
+        adversarial_start=2, kl_weight=0.0, seed=0,
         mean_over_processes=lambda values: values,
     )  # fmt: skip
 

@@ -1,0 +1,230 @@
+"""Turn checkpoints of the released LVDM code into model folders, and back: ``python -m src.convert``."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .config import ConfigError, ConvertConfig, verb
+
+if TYPE_CHECKING:
+    from .interop.official import OfficialLatentDiffusion
+    from .model_folder import DataRecord
+
+# What a released model was trained on is known only as far as its preset or its config tells.
+UNKNOWN_DATA: dict[str, Any] = {"num_frames": 16, "frame_stride": 1, "fps": 8.0, "classes": []}
+
+
+@verb("convert", ConvertConfig)
+def main(cfg: DictConfig) -> None:
+    """Writes a model folder from a checkpoint file, or a checkpoint file from a model folder."""
+    if cfg.direction not in ("import", "export"):
+        raise ConfigError(f"direction={cfg.direction} is unknown; choose import or export")
+    if cfg.direction == "export":
+        if cfg.get("preset") is not None or cfg.config is not None:
+            raise ConfigError("a model folder knows its own config; leave preset and config away to export")
+        export(Path(cfg.checkpoint), Path(cfg.output))
+        return
+    if (cfg.get("preset") is None) == (cfg.config is None):
+        raise ConfigError(
+            "say what the checkpoint holds: either preset=NAME (short_sky, ae_sky, …; --help lists them) or "
+            "config=FILE.yaml, the released code's own config of the model"
+        )
+    described = read_description(cfg)
+    import_checkpoint(Path(cfg.checkpoint), described, Path(cfg.output), use_ema=cfg.use_ema)
+
+
+def read_description(cfg: DictConfig) -> dict[str, Any]:
+    """The model's config in the released code's terms (``model``), and facts of its data (``data``).
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ConfigError: if it isn't YAML, or holds no model.
+    """
+    node: Any = cfg.get("preset")
+    if cfg.config is not None:
+        path = Path(cfg.config)
+        if not path.is_file():
+            raise FileNotFoundError(f"no file at config={path}")
+        try:
+            node = OmegaConf.load(path)
+        except Exception as error:
+            raise ConfigError(f"config={path} isn't YAML: {error}") from error
+    try:
+        described = OmegaConf.to_container(node, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"config={cfg.config}: {error}") from error
+    if not isinstance(described, dict):
+        raise ConfigError(
+            f"config={cfg.config} holds no mapping; expected the released code's YAML of a model"
+        )
+    plain: dict[str, Any] = {str(key): value for key, value in described.items()}
+    return plain if "model" in plain else {"model": plain}
+
+
+def import_checkpoint(checkpoint: Path, described: dict[str, Any], folder: Path, use_ema: bool) -> None:
+    """Writes the model folder of a released checkpoint.
+
+    Args:
+        checkpoint: file of the released code.
+        described: ``model``, its config in the released code's terms, and perhaps ``data``.
+        folder: to be written.
+        use_ema: whether averaged weights are taken.
+
+    Raises:
+        ValueError: if the checkpoint doesn't fit the config, listing the keys that are left over or missing.
+    """
+    from .interop import official
+    from .interop.checkpoint_file import read_checkpoint
+    from .model_folder import save_autoencoder, save_diffusion
+
+    if folder.exists() and not (folder / "config.yaml").is_file() and any(folder.iterdir()):
+        raise FileExistsError(f"output={folder} isn't empty and no model folder; choose another folder")
+    state, step = read_checkpoint(checkpoint)
+    config = described["model"]
+    if "unet_config" not in official.params_of(config):
+        autoencoder = official.autoencoder_from_official(state, config)
+        arguments = official.autoencoder_arguments(config)
+        data = data_of(described, checkpoint, None)
+        node = {"_target_": ".models.autoencoder.Autoencoder3d", **arguments}
+        save_autoencoder(folder, autoencoder, node=node, data=data, step=step)
+        if "scale_factor" not in official.params_of(config):
+            print(
+                "the config tells neither scale_factor nor shift_factor: latents count as normalized as they "
+                "are. Give both among the params of config if a diffusion model will be trained on them"
+            )
+        print(f"autoencoder, {count(autoencoder):,} parameters: {folder}")
+        return
+    model = official.latent_diffusion_from_official(state, config, use_ema)
+    if model.autoencoder is None:
+        raise ValueError(f"{checkpoint} holds no autoencoder (no first_stage_model.* keys)")
+    unet_arguments = official.unet_arguments(config, model.compatibility)
+    attention = {"_target_": ".models.attention.AttentionBlock", "_partial_": True}
+    function, arguments = model.schedule
+    data = data_of(described, checkpoint, model)
+    save_diffusion(
+        folder,
+        model.unet,
+        autoencoder=model.autoencoder,
+        autoencoder_node={
+            "_target_": ".models.autoencoder.Autoencoder3d",
+            **official.autoencoder_arguments(config),
+        },
+        config={
+            "unet": {
+                "_target_": ".models.unet.UNet3d",
+                **unet_arguments,
+                "attention": attention | unet_arguments["attention"],
+            },
+            "noise_schedule": {"_target_": f".diffusion.noise_schedule.{function}", **arguments},
+            "prediction_type": model.prediction_type,
+            "conditioning": {"_target_": ".diffusion.conditioning.FrameMasking", **asdict(model.masking)},
+            "class_conditional": model.unet.num_classes > 0,
+            "window": list(model.window),
+        },
+        data=data,
+        step=step,
+    )
+    weights = {True: "averaged", False: "raw", None: "raw (the checkpoint has no averaged ones)"}
+    print(f"{weights[model.averaged]} weights, {count(model.unet):,} parameters: {folder}")
+
+
+def data_of(
+    described: dict[str, Any], checkpoint: Path, model: "OfficialLatentDiffusion | None"
+) -> "DataRecord":
+    """What a preset tells of the training data; without one, what the model's own sizes tell.
+
+    A released config file names sizes among the parameters of its data sets (``data.params.train.params``).
+    """
+    from .model_folder import DataRecord
+
+    told = described.get("data") or {}
+    facts: dict[str, Any] = {"name": checkpoint.stem, "resolution": [256, 256]} | UNKNOWN_DATA
+    if model is not None:
+        assert model.autoencoder is not None
+        _, t, h, w = model.window
+        ft, fh, fw = model.autoencoder.downsample
+        facts |= {"num_frames": t * ft, "resolution": [h * fh, w * fw]}
+        facts["classes"] = [f"class {i}" for i in range(model.unet.num_classes)]
+    else:
+        split = told.get("params", {}).get("train", {}).get("params", {})
+        size = split.get("resolution", facts["resolution"])
+        facts["resolution"] = [size, size] if isinstance(size, int) else list(size)
+        facts["num_frames"] = split.get("video_length", facts["num_frames"])
+    known = {key: value for key, value in told.items() if key in DataRecord.__dataclass_fields__}
+    return DataRecord(**(facts | known | {"fingerprint": "unknown"}))
+
+
+def export(folder: Path, output: Path) -> None:
+    """Writes the checkpoint of a model folder and, beside it, the config that the released code wants.
+
+    Raises:
+        ValueError: if the released code has no such model, naming what it can't express.
+    """
+    import torch
+
+    from .data.storage import atomic_path
+    from .diffusion.conditioning import FrameMasking
+    from .interop import official
+    from .interop.checkpoint_file import write_checkpoint
+    from .model_folder import autoencoder_config, load_autoencoder, load_diffusion, read_config
+    from .models.autoencoder import Autoencoder3d
+    from .models.unet import UNet3d
+
+    if output.is_dir():
+        raise IsADirectoryError(f"output={output} is a folder; give the name of a checkpoint file")
+    config = read_config(folder, remedy="")
+    autoencoder = load_autoencoder(str(folder))
+    if not isinstance(autoencoder, Autoencoder3d):
+        raise ValueError(f"the released code has no {type(autoencoder).__name__}")
+    autoencoder_arguments = arguments_of(autoencoder_config(str(folder))[1]["autoencoder"])
+    # The released code knows one number for all channels.
+    if bool((autoencoder.latent_mean != autoencoder.latent_mean[0]).any()) or bool(
+        (autoencoder.latent_std != autoencoder.latent_std[0]).any()
+    ):
+        autoencoder = official.fold_moments(autoencoder)
+    if config["kind"] == "autoencoder":
+        state = official.to_official(autoencoder)
+        described = {"params": official.autoencoder_config(autoencoder_arguments)}
+        described["params"] |= official.latent_scale(autoencoder)
+    else:
+        loaded = load_diffusion(str(folder))
+        if not isinstance(loaded.unet, UNet3d) or not isinstance(loaded.masking, FrameMasking):
+            raise ValueError(f"the released code has no {type(loaded.unet).__name__}")
+        schedule = dict(config["noise_schedule"])
+        model = official.OfficialLatentDiffusion(
+            unet=loaded.unet,
+            autoencoder=autoencoder,
+            schedule=(str(schedule.pop("_target_")).rsplit(".", 1)[-1], schedule),
+            prediction_type=loaded.parameterization.prediction_type,
+            masking=loaded.masking,
+            window=loaded.window,
+            averaged=True,
+        )
+        unet_arguments = arguments_of(config["unet"])
+        unet_arguments["attention"] = arguments_of(unet_arguments["attention"])
+        state = official.to_official(model)
+        described = official.latent_diffusion_config(model, unet_arguments, autoencoder_arguments)
+    with torch.no_grad():
+        write_checkpoint(state, output, config["step"])
+    beside = output.with_suffix(".yaml")
+    data = {key: value for key, value in config["data"].items() if key != "fingerprint"}
+    with atomic_path(beside) as part:
+        part.write_text(OmegaConf.to_yaml(OmegaConf.create({"data": data, "model": described})))
+    print(f"{len(state)} tensors: {output}; their config: {beside}")
+
+
+def arguments_of(node: dict[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments in a node."""
+    return {key: value for key, value in node.items() if not key.startswith("_")}
+
+
+def count(module: Any) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+if __name__ == "__main__":
+    main()
