@@ -251,3 +251,25 @@ def test_what_was_never_trained_is_refused() -> None:
         generator_of(Told(), noise_level=5)
     with pytest.raises(ValueError, match="conditioning=prediction"):
         generator_of(Told(), gives_frames=False).sample_window([0], None, given=torch.zeros(1, 3, 1, 6, 6))
+
+
+@pytest.mark.parametrize("level", [0, 7])
+def test_unconditional_calls_are_told_what_training_tells(level: int) -> None:
+    """With perturbation, training tells a level to clips without given frames, too: so does sampling."""
+    masked = dict(prediction=0.5, num_given=[1], max_noise_level=10)
+    trained = Told()
+    stage = diffusion_stage(trained, "l2", **masked)
+    list(stage.updates(stage.modules, clips(range(64)), 0))
+    (told,) = trained.told
+    unconditional = told["mask"].flatten(1).sum(1) == 0
+    assert 0 < unconditional.sum() < 64 and (told["noise_level"][unconditional] >= 0).all()
+
+    sampled = Told()
+    generator = generator_of(sampled, guidance_scale=1.5, max_noise_level=10, noise_level=level)
+    generator.sample_window([1, 2], None)
+    assert all((call["noise_level"] == level).all() and not call["mask"].any() for call in sampled.told)
+    sampled.told.clear()
+    generator.sample_window([1, 2], None, given=torch.zeros(2, 3, 1, 6, 6))
+    for call in sampled.told:
+        assert (call["noise_level"] == level).all() and len(call["x"]) == 4
+        assert call["mask"][:2, :, 0].all() and not call["mask"][2:].any()
