@@ -76,7 +76,7 @@ def import_checkpoint(checkpoint: Path, described: dict[str, Any], folder: Path,
     Raises:
         ValueError: if the checkpoint doesn't fit the config, listing the keys that are left over or missing.
     """
-    from .interop import official
+    from .interop import official, official_configs
     from .interop.checkpoint_file import read_checkpoint
     from .model_folder import save_autoencoder, save_diffusion
 
@@ -84,13 +84,13 @@ def import_checkpoint(checkpoint: Path, described: dict[str, Any], folder: Path,
         raise FileExistsError(f"output={folder} isn't empty and no model folder; choose another folder")
     state, step = read_checkpoint(checkpoint)
     config = described["model"]
-    if "unet_config" not in official.params_of(config):
+    if "unet_config" not in official_configs.params_of(config):
         autoencoder = official.autoencoder_from_official(state, config)
-        arguments = official.autoencoder_arguments(config)
+        arguments = official_configs.autoencoder_arguments(config)
         data = data_of(described, checkpoint, None)
         node = {"_target_": ".models.autoencoder.Autoencoder3d", **arguments}
         save_autoencoder(folder, autoencoder, node=node, data=data, step=step)
-        if "scale_factor" not in official.params_of(config):
+        if "scale_factor" not in official_configs.params_of(config):
             print(
                 "the config tells neither scale_factor nor shift_factor: latents count as normalized as they "
                 "are. Give both among the params of config if a diffusion model will be trained on them"
@@ -100,7 +100,9 @@ def import_checkpoint(checkpoint: Path, described: dict[str, Any], folder: Path,
     model = official.latent_diffusion_from_official(state, config, use_ema)
     if model.autoencoder is None:
         raise ValueError(f"{checkpoint} holds no autoencoder (no first_stage_model.* keys)")
-    unet_arguments = official.unet_arguments(config, model.compatibility)
+    unet_arguments = official_configs.unet_arguments(
+        config, model.compatibility.relative_position_as_released
+    )
     attention = {"_target_": ".models.attention.AttentionBlock", "_partial_": True}
     function, arguments = model.schedule
     data = data_of(described, checkpoint, model)
@@ -110,7 +112,7 @@ def import_checkpoint(checkpoint: Path, described: dict[str, Any], folder: Path,
         autoencoder=model.autoencoder,
         autoencoder_node={
             "_target_": ".models.autoencoder.Autoencoder3d",
-            **official.autoencoder_arguments(config),
+            **official_configs.autoencoder_arguments(config),
         },
         config={
             "unet": {
@@ -167,7 +169,7 @@ def export(folder: Path, output: Path) -> None:
 
     from .data.storage import atomic_path
     from .diffusion.conditioning import FrameMasking
-    from .interop import official
+    from .interop import official, official_configs
     from .interop.checkpoint_file import write_checkpoint
     from .model_folder import autoencoder_config, load_autoencoder, load_diffusion, read_config
     from .models.autoencoder import Autoencoder3d
@@ -187,7 +189,7 @@ def export(folder: Path, output: Path) -> None:
         autoencoder = official.fold_moments(autoencoder)
     if config["kind"] == "autoencoder":
         state = official.to_official(autoencoder)
-        described = {"params": official.autoencoder_config(autoencoder_arguments)}
+        described = {"params": official_configs.autoencoder_config(autoencoder_arguments)}
         described["params"] |= official.latent_scale(autoencoder)
     else:
         loaded = load_diffusion(str(folder))
@@ -206,7 +208,16 @@ def export(folder: Path, output: Path) -> None:
         unet_arguments = arguments_of(config["unet"])
         unet_arguments["attention"] = arguments_of(unet_arguments["attention"])
         state = official.to_official(model)
-        described = official.latent_diffusion_config(model, unet_arguments, autoencoder_arguments)
+        described = official_configs.latent_diffusion_config(
+            unet=unet_arguments,
+            autoencoder=autoencoder_arguments,
+            scale=official.latent_scale(autoencoder),
+            schedule=model.schedule,
+            prediction_type=model.prediction_type,
+            masking=model.masking,
+            window=model.window,
+            averaged=True,
+        )
     with torch.no_grad():
         write_checkpoint(state, output, config["step"])
     beside = output.with_suffix(".yaml")

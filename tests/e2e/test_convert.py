@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from src.convert import export, import_checkpoint
-from src.interop import official
+from src.interop import official, official_configs
 from src.interop.checkpoint_file import read_checkpoint
 from src.model_folder import load_autoencoder, load_diffusion
 from src.models.autoencoder import Autoencoder3d
@@ -39,7 +39,7 @@ def released(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("released")
     tables = official.schedule_tables(
         official.parameterization(
-            official.schedule_arguments(case.config["params"]), "epsilon"
+            official_configs.schedule_arguments(case.config["params"]), "epsilon"
         ).alphas_cumprod
     )
     counters = {
@@ -201,9 +201,9 @@ def test_moments_are_folded_into_the_waist() -> None:
 )
 def test_a_config_goes_there_and_back(name: str) -> None:
     config = read_case(COMPACT, name).config
-    arguments = official.unet_arguments(config, official.OfficialCompatibility())
-    back = official.unet_config(arguments)
-    assert official.unet_arguments(back, official.OfficialCompatibility()) == arguments
+    arguments = official_configs.unet_arguments(config, True)
+    back = official_configs.unet_config(arguments)
+    assert official_configs.unet_arguments(back, True) == arguments
 
 
 Broken = Callable[[dict[str, Tensor]], dict[str, Tensor]]

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from src.config import build
 from src.diffusion.conditioning import FrameMasking
-from src.interop import official
+from src.interop import official, official_configs
 from src.interop.official import OfficialLatentDiffusion, to_official
 from src.model_folder import masking_of
 from src.models.autoencoder import Autoencoder3d
@@ -101,12 +101,12 @@ def test_a_preset_describes_the_released_model(official_keys: Keys, preset: str)
     start = official.UNET_PREFIX
     assert shapes(to_official(unet, start)) == {k: v for k, v in expected.items() if k.startswith(start)}
     with torch.device("meta"):
-        autoencoder = Autoencoder3d(**official.autoencoder_arguments(config))
+        autoencoder = Autoencoder3d(**official_configs.autoencoder_arguments(config))
     start = official.AUTOENCODER_PREFIX
     assert shapes(to_official(autoencoder, start)) == {
         k: v for k, v in expected.items() if k.startswith(start)
     }
-    assert official.window_from_official(config["params"]) == (
+    assert official_configs.window_from_official(config["params"]) == (
         4,
         5 if "interpolation" in preset else 4,
         32,
@@ -118,7 +118,7 @@ def test_a_preset_describes_the_released_model(official_keys: Keys, preset: str)
 def test_a_preset_describes_the_released_autoencoder(official_keys: Keys, preset: str) -> None:
     config = plain(composed("convert", f"preset={preset}", "checkpoint=x", "output=y").preset.model)
     with torch.device("meta"):
-        autoencoder = Autoencoder3d(**official.autoencoder_arguments(config))
+        autoencoder = Autoencoder3d(**official_configs.autoencoder_arguments(config))
     expected = official_keys(f"videoae_{preset.removeprefix('ae_')}")
     assert shapes(to_official(autoencoder)) == {
         key: shape for key, shape in expected.items() if not key.startswith("loss.")
