@@ -148,9 +148,14 @@ def _fill_optimizers(
     optimizers: Mapping[str, torch.optim.Optimizer], tensors: dict[str, Tensor], rest: dict[str, Any]
 ) -> None:
     for name, optimizer in optimizers.items():
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             owner, parameter, field_name = key.split("/")
             if owner == name:
+                like = parameters[int(parameter)]
+                # Fused optimizers run over memory as it lies: moments must lie as their weights do.
+                if value.shape == like.shape:
+                    value = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
                 state.setdefault(int(parameter), {})[field_name] = value
         optimizer.load_state_dict({"state": state, "param_groups": rest[name]})

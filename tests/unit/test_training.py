@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from src.models.layers import FrameConv3d
 from src.training import checkpoint
 from src.training.ema import Ema
 from src.training.learning_rate import learning_rate_factor
@@ -84,6 +85,29 @@ def test_state_comes_back_bit_for_bit_and_old_ones_go(tmp_path: Path) -> None:
     loaded = make_state(99)
     assert checkpoint.load_latest(tmp_path, loaded)
     assert_equal_states(loaded, make_state(30))
+
+
+def test_fused_moments_come_back_in_their_weights_layout(tmp_path: Path) -> None:
+    def started() -> checkpoint.State:
+        torch.manual_seed(0)
+        net = FrameConv3d(3, 4)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=True)
+        return checkpoint.State({"net": net}, {}, {"net": optimizer}, {}, {"step": 1})
+
+    def step(state: checkpoint.State) -> None:
+        x = torch.randn(1, 3, 2, 5, 5, generator=torch.Generator().manual_seed(1))
+        state.optimizers["net"].zero_grad()
+        state.modules["net"](x).square().sum().backward()
+        state.optimizers["net"].step()
+
+    straight = started()
+    step(straight)
+    checkpoint.save(tmp_path, straight, keep=1)
+    resumed = started()
+    assert checkpoint.load_latest(tmp_path, resumed)
+    for state in (straight, resumed):
+        step(state)
+    assert torch.equal(resumed.modules["net"].weight, straight.modules["net"].weight)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "json"])
