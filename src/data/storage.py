@@ -68,8 +68,11 @@ def write_json(path: Path, content: Any) -> None:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file; what the disk refuses (full, read-only) is an OSError, as for other files."""
+    path.touch()
+    mode = path.stat().st_mode  # that of any new file here; the library would let nobody else read it
     try:
         save_file(tensors, path)
+        path.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"can't write {path}: {error}; make room or choose another folder") from error
 

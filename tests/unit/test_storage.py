@@ -1,0 +1,41 @@
+"""Files and folders appear whole or not at all, and others may read them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from src.data.storage import atomic_folder, load_tensors, save_tensors
+
+
+def test_tensors_may_be_read_by_whoever_may_read_other_files(tmp_path: Path) -> None:
+    save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "b").write_text("")
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
+    assert torch.equal(load_tensors(tmp_path / "a.safetensors")["a"], torch.ones(2))
+
+
+def test_a_folder_is_replaced_once_the_new_one_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with atomic_folder(target) as part:
+        (part / "file").write_text("old")
+    with pytest.raises(OSError, match="full"), atomic_folder(target) as part:
+        (part / "file").write_text("half")
+        raise OSError("the disk is full")
+    assert (target / "file").read_text() == "old"
+    with atomic_folder(target) as part:
+        (part / "file").write_text("new")
+    assert (target / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_writer_had_set_aside_comes_back(tmp_path: Path) -> None:
+    """Between its two renames a writer leaves nothing at the path; the next one finds the old content."""
+    target, aside = tmp_path / "model", tmp_path / ".model.old.part"
+    aside.mkdir()
+    (aside / "file").write_text("old")
+    with pytest.raises(OSError, match="full"), atomic_folder(target) as part:
+        assert (target / "file").read_text() == "old"
+        (part / "file").write_text("half")
+        raise OSError("the disk is full")
+    assert (target / "file").read_text() == "old"
