@@ -86,7 +86,7 @@ class FrameMasking:
     One model thereby learns unconditional generation, prediction and interpolation
     (LVDM, section 3.4). A clip is used for prediction with probability ``prediction`` (its first n
     latent frames given, n drawn uniformly from ``num_given``), for interpolation with probability
-    ``interpolation`` (first and last given), and otherwise without any given frame.
+    ``interpolation`` (first and last given, or every n-th), and otherwise without any given frame.
 
     Args:
         prediction: probability of prediction.
@@ -96,6 +96,8 @@ class FrameMasking:
             index drawn uniformly from ``0 … max_noise_level - 1``, which the network is told; 0 keeps
             them clean and tells no level.
         class_dropout: probability that a clip's class is hidden, for classifier-free guidance.
+        interpolation_stride: from one given latent frame to the next in interpolation, beginning with the
+            first; None gives the first and the last.
 
     Raises:
         ValueError: if probabilities are negative or exceed 1 together, or nothing could be given.
@@ -106,6 +108,7 @@ class FrameMasking:
     num_given: list[int]
     max_noise_level: int
     class_dropout: float
+    interpolation_stride: int | None = None
 
     def __post_init__(self) -> None:
         probabilities = {"prediction": self.prediction, "interpolation": self.interpolation}
@@ -115,6 +118,11 @@ class FrameMasking:
             raise ValueError(f"class_dropout is a probability, got {self.class_dropout}")
         if self.max_noise_level < 0:
             raise ValueError(f"max_noise_level must be at least 0, got {self.max_noise_level}")
+        if self.interpolation_stride is not None and self.interpolation_stride < 2:
+            raise ValueError(
+                f"interpolation_stride must be at least 2 or null, got {self.interpolation_stride}: with 1 "
+                "every frame would be given"
+            )
         if self.prediction > 0 and (not self.num_given or min(self.num_given) < 1):
             raise ValueError(
                 f"num_given must list numbers of at least 1 when prediction > 0, got {list(self.num_given)}"
@@ -133,7 +141,8 @@ class FrameMasking:
         """
         most = max([*self.num_given, 1]) if self.prediction > 0 else 0
         if self.interpolation > 0:
-            most = max(most, 2)
+            stride = self.interpolation_stride
+            most = max(most, 2 if stride is None else -(-num_frames // stride))
         if most >= num_frames:
             raise ValueError(
                 f"up to {most} of {num_frames} latent frames would be given and none generated; "
@@ -145,7 +154,10 @@ class FrameMasking:
         draw, choice = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         mask = torch.zeros(num_frames)
         if draw < self.interpolation:
-            mask[0] = mask[-1] = 1.0
+            if self.interpolation_stride is None:
+                mask[0] = mask[-1] = 1.0
+            else:
+                mask[:: self.interpolation_stride] = 1.0
         elif draw < self.interpolation + self.prediction:
             mask[: self.num_given[int(choice * len(self.num_given))]] = 1.0
         return mask

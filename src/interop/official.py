@@ -118,7 +118,7 @@ def parameterization(schedule: Schedule, prediction_type: PredictionType) -> Par
 
 
 def autoencoder_from_official(state: Mapping[str, Tensor], config: Config, prefix: str = "") -> Autoencoder3d:
-    """The released video autoencoder.
+    """The released video autoencoder, in evaluation mode.
 
     Args:
         state: weights by official key; those of its training loss (`loss.*`) and the doubled ones may be
@@ -136,7 +136,7 @@ def autoencoder_from_official(state: Mapping[str, Tensor], config: Config, prefi
         autoencoder = Autoencoder3d(**autoencoder_arguments(config))
     autoencoder.latent_mean, autoencoder.latent_std = latent_moments(config, autoencoder.latent_channels)
     load(autoencoder, autoencoder_names(autoencoder), state, prefix, ignored="loss.")
-    return autoencoder
+    return autoencoder.eval()
 
 
 def unet_from_official(
@@ -145,7 +145,7 @@ def unet_from_official(
     prefix: str = "",
     compatibility: OfficialCompatibility = OfficialCompatibility(),
 ) -> UNet3d:
-    """The released U-Net: unconditional, or for prediction and interpolation.
+    """The released U-Net, unconditional or for prediction and interpolation, in evaluation mode.
 
     Args:
         state: weights by official key.
@@ -161,7 +161,7 @@ def unet_from_official(
     """
     unet = blank_unet(config, compatibility)
     load(unet, unet_names(unet), state, prefix)
-    return unet
+    return unet.eval()
 
 
 def latent_diffusion_from_official(
@@ -220,7 +220,7 @@ def latent_diffusion_from_official(
         autoencoder = autoencoder_from_official(state, config, AUTOENCODER_PREFIX)
     refuse_other_tables(state, tables)
     return OfficialLatentDiffusion(
-        unet=unet,
+        unet=unet.eval(),
         autoencoder=autoencoder,
         schedule=schedule,
         prediction_type=prediction_type,

@@ -84,11 +84,10 @@ def window_from_official(params: Config) -> tuple[int, int, int, int]:
 def masking_from_official(params: Config) -> FrameMasking:
     """Which frames training gave, from `p_pred`, `p_interp`, `n_prevs` and `max_noise_level`."""
     prediction, interpolation = params.get("p_pred") or 0.0, params.get("p_interp") or 0.0
-    if params.get("interp_frame_stride"):
-        raise ValueError("interpolation between every n-th frame (interp_frame_stride) isn't supported")
     return FrameMasking(
         prediction=float(prediction),
         interpolation=float(interpolation),
+        interpolation_stride=params.get("interp_frame_stride") or None,
         num_given=list(params.get("n_prevs") or []),
         max_noise_level=int(params.get("max_noise_level") or 0) if params.get("noisy_cond") else 0,
         class_dropout=0.0,
@@ -128,7 +127,7 @@ def autoencoder_arguments(config: Config) -> dict[str, Any]:
         raise ValueError(f"not an autoencoder's config: missing {missing}, got {sorted(flat)}")
     t, h, w = flat["downsample"]
     return {
-        "in_channels": flat.get("in_channels", 3),
+        "in_channels": flat.get("in_channels", flat.get("image_channel", 3)),
         "hidden_channels": flat["n_hiddens"],
         "latent_channels": flat["embed_dim"],
         "z_channels": flat["z_channels"],
@@ -308,6 +307,7 @@ def latent_diffusion_config(
         "max_noise_level": masking.max_noise_level,
         "rand_temporal_mask": True,
         "p_interp": masking.interpolation,
+        "interp_frame_stride": masking.interpolation_stride,
         "p_pred": masking.prediction,
         "n_prevs": list(masking.num_given),
     }

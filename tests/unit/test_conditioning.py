@@ -26,6 +26,17 @@ def test_masks_come_with_their_probabilities() -> None:
     assert not share
 
 
+def test_interpolation_may_give_every_nth_frame() -> None:
+    generator = torch.Generator().manual_seed(0)
+    strided = masking(prediction=0.0, interpolation=1.0, interpolation_stride=3)
+    assert strided.mask(8, generator).tolist() == [1, 0, 0, 1, 0, 0, 1, 0]
+    strided.check(2)
+    with pytest.raises(ValueError, match="at least 2"):
+        masking(interpolation_stride=1)
+    with pytest.raises(ValueError, match="1 of 1 latent frames"):
+        strided.check(1)
+
+
 def test_windows_too_short_for_the_masks_are_refused() -> None:
     masking().check(3)
     with pytest.raises(ValueError, match="2 of 2 latent frames"):
