@@ -80,8 +80,7 @@ def import_checkpoint(checkpoint: Path, described: dict[str, Any], folder: Path,
     from .interop.checkpoint_file import read_checkpoint
     from .model_folder import save_autoencoder, save_diffusion
 
-    if folder.exists() and not (folder / "config.yaml").is_file() and any(folder.iterdir()):
-        raise FileExistsError(f"output={folder} isn't empty and no model folder; choose another folder")
+    refuse_existing(folder)
     state, step = read_checkpoint(checkpoint)
     config = described["model"]
     if "unet_config" not in official_configs.params_of(config):
@@ -151,7 +150,9 @@ def data_of(
         facts |= {"num_frames": t * ft, "resolution": [h * fh, w * fw]}
         facts["classes"] = [f"class {i}" for i in range(model.unet.num_classes)]
     else:
-        split = told.get("params", {}).get("train", {}).get("params", {})
+        split: Any = told
+        for key in ("params", "train", "params"):
+            split = (split.get(key) if isinstance(split, dict) else None) or {}
         size = split.get("resolution", facts["resolution"])
         facts["resolution"] = [size, size] if isinstance(size, int) else list(size)
         facts["num_frames"] = split.get("video_length", facts["num_frames"])
@@ -175,8 +176,11 @@ def export(folder: Path, output: Path) -> None:
     from .models.autoencoder import Autoencoder3d
     from .models.unet import UNet3d
 
-    if output.is_dir():
-        raise IsADirectoryError(f"output={output} is a folder; give the name of a checkpoint file")
+    beside = output.with_suffix(".yaml")
+    if beside == output:
+        raise ValueError(f"output={output}: that is the name of the config beside the checkpoint; use .ckpt")
+    for path in (output, beside):
+        refuse_existing(path)
     config = read_config(folder, remedy="")
     autoencoder = load_autoencoder(str(folder))
     if not isinstance(autoencoder, Autoencoder3d):
@@ -220,11 +224,16 @@ def export(folder: Path, output: Path) -> None:
         )
     with torch.no_grad():
         write_checkpoint(state, output, config["step"])
-    beside = output.with_suffix(".yaml")
     data = {key: value for key, value in config["data"].items() if key != "fingerprint"}
     with atomic_path(beside) as part:
         part.write_text(OmegaConf.to_yaml(OmegaConf.create({"data": data, "model": described})))
     print(f"{len(state)} tensors: {output}; their config: {beside}")
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises FileExistsError if a file, or a folder with something in it, is there: perhaps a model."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already; choose another output, or remove it first")
 
 
 def arguments_of(node: dict[str, Any]) -> dict[str, Any]:

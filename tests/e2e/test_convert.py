@@ -260,6 +260,18 @@ def test_what_is_asked_wrongly_is_told(tmp_path: Path, arguments: list[str], com
     assert result.returncode == 2 and complaint in result.stderr and "Traceback" not in result.stderr
 
 
+def test_nothing_is_overwritten(released: Path, tmp_path: Path) -> None:
+    model = converted(released, tmp_path / "model")
+    before = (model / "weights.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="exists already"):
+        converted(released, model, use_ema=False)
+    (tmp_path / "out.yaml").write_text("mine")
+    with pytest.raises(FileExistsError, match="exists already"):
+        export(model, tmp_path / "out.ckpt")
+    assert (model / "weights.safetensors").read_bytes() == before
+    assert (tmp_path / "out.yaml").read_text() == "mine" and not (tmp_path / "out.ckpt").exists()
+
+
 def test_what_the_released_code_cant_express_is_named(tmp_path: Path) -> None:
     """A network of ours with textbook relative position would be another one there."""
     torch.manual_seed(0)
