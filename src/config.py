@@ -106,6 +106,7 @@ class MachineSettings:
     precision: str
     num_workers: int
     tf32: bool
+    compile: bool
 
 
 @dataclass

@@ -317,8 +317,11 @@ def _generated(cfg: DictConfig, model: "DiffusionModel", count: int, scale: floa
     """Samples of consecutive seeds, rounded to 8 bits as a file would hold them."""
     from .data.transforms import to_frames, to_video
     from .sample import labels_of
+    from .training.device import compile_in_place
 
     generator = model.generator(build(cfg.sampler), guidance_scale=scale, noise_level=cfg.noise_level)
+    if cfg.machine.compile:
+        compile_in_place(generator.networks())
     for start in range(0, count, cfg.batch_size):
         seeds = [cfg.first_seed + i for i in range(start, min(start + cfg.batch_size, count))]
         video = generator.decode(generator.sample_window(seeds, labels_of(model, seeds, None)))

@@ -59,6 +59,11 @@ class VideoGenerator:
         """Where the model is."""
         return next(self.unet.parameters()).device
 
+    def networks(self) -> list[nn.Module]:
+        """What is called over and over: the U-Net and, unless there is nothing to decode, the decoder."""
+        decoder = getattr(self.autoencoder, "decoder", None)
+        return [self.unet] if decoder is None else [self.unet, decoder]
+
     @torch.no_grad()
     def sample_window(
         self, seeds: Sequence[int], labels: Tensor | None, index: int = 0, given: Tensor | None = None

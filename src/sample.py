@@ -39,9 +39,9 @@ def main(cfg: DictConfig) -> None:
     from .data.transforms import to_frames
     from .data.video import VideoWriter
     from .model_folder import load_diffusion
-    from .training.device import pick_device
+    from .training.device import compile_in_place, pick_device
 
-    typed(cfg, "machine", MachineSettings)
+    machine: MachineSettings = typed(cfg, "machine", MachineSettings)
     scale = typed(cfg, "guidance", GuidanceSettings).scale
     num_given = typed(cfg, "plan", PlanSettings).num_given
     if cfg.num_samples < 1 or cfg.batch_size < 1:
@@ -54,6 +54,8 @@ def main(cfg: DictConfig) -> None:
 
     model = load_diffusion(cfg.model).to(pick_device())
     generator = model.generator(build(cfg.sampler), guidance_scale=scale, noise_level=cfg.noise_level)
+    if machine.compile:
+        compile_in_place(generator.networks())
     num_frames = model.data.num_frames if cfg.num_frames is None else cfg.num_frames
     if num_frames < 1:
         raise ConfigError(f"num_frames must be at least 1, got {num_frames}")

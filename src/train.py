@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> None:
     import torch
 
     from .data.sampler import Batch, LatentBatch, PositionSampler, batches, held_out_batches
-    from .training.device import make_accelerator
+    from .training.device import compile_in_place, make_accelerator
     from .training.loop import LoopSettings, train
 
     settings: TrainSettings = typed(cfg, "train", TrainSettings)
@@ -130,6 +130,8 @@ def main(cfg: DictConfig) -> None:
     )
     for module in stage.modules.values():
         module.to(accelerator.device)
+    if machine.compile:
+        compile_in_place(stage.modules.values())
     train(
         stage,
         optimizers=optimizers,

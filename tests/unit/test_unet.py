@@ -1,5 +1,6 @@
 """The U-Net: its size, what it is told, what it refuses, and that options change only what they say."""
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from src.models.attention import AttentionBlock
 from src.models.unet import UNet3d
+from src.training.device import compile_in_place
 
 PAPER = {
     "out_channels": 4,
@@ -180,6 +182,21 @@ def test_bfloat16_autocast_gives_single_precision_near_the_exact(latents):
     assert rounded.dtype == torch.float32
     assert (rounded - exact).abs().max() < 0.05 * exact.abs().max()
     assert not torch.equal(rounded, exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("views", [("spatial", "temporal"), ("joint",)])
+def test_compiled_it_gives_the_same_numbers_and_gradients(latents, views):
+    eager = small(views=views)
+    compiled = copy.deepcopy(eager)
+    compile_in_place([compiled])
+    assert compiled.state_dict().keys() == eager.state_dict().keys()
+    for unet in (eager, compiled, copy.deepcopy(compiled)):
+        prediction = unet(latents, TIMES)
+        prediction.square().mean().backward()
+        torch.testing.assert_close(prediction, eager(latents, TIMES), rtol=0, atol=1e-5)
+        gradients = [parameter.grad for parameter in unet.parameters()]
+        torch.testing.assert_close(gradients, [p.grad for p in eager.parameters()], rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,0 +1,62 @@
+"""What is distrusted of a machine: half-precision convolutions; what is asked of it: a compiler."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from src.training.device import (
+    CHECKED_CONVOLUTIONS,
+    check_convolutions,
+    check_half_precision,
+    compile_in_place,
+    networks_convolution,
+)
+
+CPU = torch.device("cpu")
+SHAPE = (3, 16, 6, 12, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_right_convolutions_in_half_precision_pass(dtype):
+    check_convolutions(CPU, dtype, SHAPE)
+
+
+@pytest.mark.parametrize("name", CHECKED_CONVOLUTIONS)
+@pytest.mark.parametrize("fault", ["last clip is zero", "a frame is another's", "nothing is finite"])
+def test_a_faulty_convolution_is_refused_by_name(name, fault):
+    def faulty(x: Tensor, weight: Tensor, stride: tuple[int, int, int]) -> Tensor:
+        y = networks_convolution(x, weight, stride)
+        if (tuple(weight.shape[2:]), stride) == CHECKED_CONVOLUTIONS[name]:
+            if fault == "last clip is zero":
+                y[-1] = 0
+            elif fault == "a frame is another's":
+                y[1, :, -1] = y[0, :, -1]
+            else:
+                y[:] = torch.nan
+        return y
+
+    message = rf"the {name.replace('(', '.').replace(')', '.')} convolution of .* in bfloat16 on cpu differs"
+    with pytest.raises(ValueError, match=f"{message}.*cuDNN.*machine.precision=no"):
+        check_convolutions(CPU, torch.bfloat16, SHAPE, faulty)
+
+
+def test_convolutions_in_single_precision_and_on_a_cpu_are_trusted(monkeypatch):
+    def never(*_: object) -> None:
+        raise AssertionError("checked")
+
+    monkeypatch.setattr("src.training.device.check_convolutions", never)
+    check_half_precision(CPU, "bf16")
+    check_half_precision(torch.device("cuda", 0), "no")
+
+
+def test_the_checked_convolution_inside_frames_is_the_3d_one():
+    x, weight = torch.randn(2, 3, 4, 5, 6), torch.randn(7, 3, 1, 3, 3)
+    expected = torch.nn.functional.conv3d(x, weight)
+    torch.testing.assert_close(networks_convolution(x, weight, (1, 1, 1)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU needs no C++ compiler")
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler.*machine.compile=false"):
+        compile_in_place([nn.Linear(1, 1)])
