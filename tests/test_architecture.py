@@ -66,13 +66,15 @@ def test_a_stage_never_yields_inside_a_with(name: str) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
 def test_nothing_reads_weights_by_running_code(path: Path) -> None:
+    """Other people's files are read by torch's own restricted unpickler or by that of checkpoint_file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in (
             "torch.load",
             "pickle.load",
             "pickle.loads",
         ):
-            assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+            told = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert told.get("weights_only") == "True" or told.get("pickle_module") == "_inert_pickle"
 
 
 def test_the_readme_names_every_option() -> None:
