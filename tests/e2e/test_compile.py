@@ -29,7 +29,6 @@ def test_a_compiled_run_learns_resumes_and_samples_as_an_eager_one(tmp_path: Pat
             steps = ["train.log_every=1", "train.save_every=6"]
             adversarial = ["stage.adversarial_start=6"] if experiment == "tiny_autoencoder" else []
             train = ["train", f"+experiment={experiment}", *at(folder), *steps, *adversarial]
-            verb(folder, *train, "train.num_steps=6", f"machine.compile={compiled}")
             verb(folder, *train, "train.num_steps=12", f"machine.compile={compiled}")
     for experiment in ("tiny_autoencoder", "tiny"):
         eager, compiled = (losses(tmp_path / way / "runs" / experiment) for way in ("eager", "compiled"))
