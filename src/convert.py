@@ -211,7 +211,6 @@ def export(folder: Path, output: Path) -> None:
         )
         unet_arguments = arguments_of(config["unet"])
         unet_arguments["attention"] = arguments_of(unet_arguments["attention"])
-        state = official.to_official(model)
         described = official_configs.latent_diffusion_config(
             unet=unet_arguments,
             autoencoder=autoencoder_arguments,
@@ -222,6 +221,7 @@ def export(folder: Path, output: Path) -> None:
             window=model.window,
             averaged=True,
         )
+        state = official.to_official(model)
     with torch.no_grad():
         write_checkpoint(state, output, config["step"])
     data = {key: value for key, value in config["data"].items() if key != "fingerprint"}

@@ -288,3 +288,36 @@ def test_what_the_released_code_cant_express_is_named(tmp_path: Path) -> None:
         official.to_official(joint)
     with pytest.raises(ValueError, match="frame by frame"):
         official.to_official(Autoencoder3d(hidden_channels=16, norm="frame"))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"prediction_type": "v"}, "prediction_type=v"),
+        (
+            {
+                "prediction_type": "sample",
+                "noise_schedule": {
+                    "_target_": ".diffusion.noise_schedule.rescale_to_zero_terminal_snr",
+                    "alphas_cumprod": {
+                        "_target_": ".diffusion.noise_schedule.linear",
+                        "num_timesteps": 1000,
+                        "beta_start": 0.0015,
+                        "beta_end": 0.0155,
+                    },
+                },
+            },
+            "the noise schedule rescale_to_zero_terminal_snr",
+        ),
+    ],
+)
+def test_what_the_released_code_cant_sample_isnt_exported(
+    released: Path, tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    path = converted(released, tmp_path / "model") / "config.yaml"
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(config, dict)
+    OmegaConf.save(OmegaConf.create({**config, **change}), path)
+    with pytest.raises(ValueError, match=f"can't express this model: .*{complaint}"):
+        export(tmp_path / "model", tmp_path / "out.ckpt")
+    assert not (tmp_path / "out.ckpt").exists()
