@@ -157,6 +157,7 @@ class TrainConfig:
     unet: Any = None
     noise_schedule: Any = None
     prediction_type: Any = None
+    loss_weighting: Any = None
     conditioning: Any = None
     class_conditional: Any = None
     sampler: Any = None

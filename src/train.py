@@ -275,6 +275,7 @@ def _diffusion_stage(
         autoencoder=autoencoder,
         parameterization=parameterization,
         masking=masking,
+        loss_weighting=build(cfg.loss_weighting),
         has_labels=num_classes > 0,
         generator=generator,
         seed=cfg.seed,

@@ -28,6 +28,7 @@ from src.config import (
     check,
     typed,
 )
+from src.diffusion.parameterization import Parameterization
 from src.model_folder import masking_of
 from tests.composing import composed
 
@@ -93,6 +94,14 @@ def of_noise_schedule(option: str) -> Any:
     return build(
         composed("train", f"noise_schedule={option}", "name=x", "autoencoder.folder=x").noise_schedule
     )
+
+
+def of_loss_weighting(option: str) -> Any:
+    weighting = build(
+        composed("train", f"loss_weighting={option}", "name=x", "autoencoder.folder=x").loss_weighting
+    )
+    table = build(composed("train", "name=x", "autoencoder.folder=x").noise_schedule)
+    return weighting(Parameterization(table, "v"))
 
 
 def of_conditioning(option: str) -> Any:
@@ -186,6 +195,7 @@ PROBES: dict[str, Callable[[str], Any]] = {
     "unet": of_unet,
     "attention": of_attention,
     "noise_schedule": of_noise_schedule,
+    "loss_weighting": of_loss_weighting,
     "conditioning": of_conditioning,
     "sampler": of_sampler,
     "stage": of_stage,

@@ -79,3 +79,19 @@ def cosine(num_timesteps: int, offset: float, max_beta: float) -> Tensor:
     signal = torch.cos((time + offset) / (1.0 + offset) * math.pi / 2.0) ** 2
     betas = (1.0 - signal[1:] / signal[:-1]).clamp(max=max_beta)
     return _cumulate(betas)
+
+
+def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """The same schedule with a last time of pure noise (Lin et al. 2024, Algorithm 1).
+
+    The signal's coefficient is shifted, so that the last is 0, and scaled, so that the first stays. Pure
+    noise doesn't tell the noise from the sample: the network must predict ``v`` or ``sample``.
+
+    Args:
+        alphas_cumprod: another schedule, float64 ``(num_timesteps,)``.
+
+    Returns:
+        ``alphas_cumprod``, float64, shape ``(num_timesteps,)``, with 0 as its last entry.
+    """
+    signal = alphas_cumprod.sqrt()
+    return ((signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))) ** 2

@@ -18,11 +18,12 @@ class Parameterization:
     (Salimans and Ho 2022, appendix D).
 
     Args:
-        alphas_cumprod: float64, shape ``(num_timesteps,)``.
+        alphas_cumprod: float64, shape ``(num_timesteps,)``; the last may be 0 (zero terminal SNR).
         prediction_type: ``epsilon``, ``v`` or ``sample``.
 
     Raises:
-        ValueError: for another prediction type, or a table that isn't a decreasing sequence in (0, 1).
+        ValueError: for another prediction type, a table that isn't a decreasing sequence in (0, 1), or
+            ``epsilon`` where the last time is pure noise.
     """
 
     alphas_cumprod: Tensor
@@ -36,10 +37,17 @@ class Parameterization:
         table = self.alphas_cumprod
         if (
             table.ndim != 1
-            or not bool(((table > 0) & (table < 1)).all())
+            or not bool(((table[:-1] > 0) & (table[:-1] < 1)).all())
             or not bool((table.diff() < 0).all())
+            or not bool((table[-1:] >= 0).all())
         ):
             raise ValueError("alphas_cumprod must be one decreasing sequence of numbers between 0 and 1")
+        if self.prediction_type == "epsilon" and bool((table[-1:] == 0).any()):
+            raise ValueError(
+                "prediction_type=epsilon can't be sampled from a schedule whose last time is pure noise "
+                "(zero terminal SNR): the noise says nothing of the sample there. Use prediction_type=v or "
+                "sample, or another noise_schedule"
+            )
 
     @property
     def num_timesteps(self) -> int:

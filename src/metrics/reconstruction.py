@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import warnings
@@ -188,13 +189,14 @@ def _load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], net: Backbo
 def _import_lpips() -> ModuleType:
     """The package lpips, imported late because it takes seconds and drags torchvision along."""
     if "torchvision" not in sys.modules:
-        _declare_torchvision_operators()
+        declare_torchvision_operators()
     import lpips
 
     return lpips
 
 
-def _declare_torchvision_operators() -> None:
+@functools.cache
+def declare_torchvision_operators() -> None:
     """Make torchvision importable where its compiled operators don't fit the build of torch.
 
     The usual case is a wheel made for CUDA beside a CPU build: importing it fails, because it describes

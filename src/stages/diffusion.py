@@ -14,6 +14,9 @@ from ..generation import VideoGenerator
 from ..models.autoencoder import LatentSpace
 from .stage import Modules, Update
 
+LossWeighting = Callable[[Parameterization], Tensor]
+"""Weights of the loss at each time, ``(num_timesteps,)``, for a schedule and what is predicted."""
+
 
 class DiffusionStage:
     """Denoising of latents of a frozen autoencoder.
@@ -27,6 +30,7 @@ class DiffusionStage:
         parameterization: the schedule and what the network predicts.
         masking: which frames are given in training, and how they are perturbed.
         loss: ``l2`` (Ho et al. 2020, eq. 14) or ``l1`` (the released code).
+        loss_weighting: how much each time's loss counts, see ``diffusion.loss_weighting``.
         given_frames_in_loss: whether given frames, too, are to be denoised from the level to which they were
             perturbed (the released code); otherwise they take no part in the loss.
         has_labels: whether the network is told classes.
@@ -47,6 +51,7 @@ class DiffusionStage:
         parameterization: Parameterization,
         masking: FrameMasking,
         loss: Literal["l2", "l1"],
+        loss_weighting: LossWeighting,
         given_frames_in_loss: bool,
         has_labels: bool,
         generator: Callable[[nn.Module], VideoGenerator],
@@ -67,6 +72,7 @@ class DiffusionStage:
         self.parameterization = parameterization
         self.masking = masking
         self.error: Callable[[Tensor], Tensor] = torch.square if loss == "l2" else torch.abs
+        self.weights = loss_weighting(parameterization)
         self.given_frames_in_loss = given_frames_in_loss
         self.has_labels = has_labels
         self.generator = generator
@@ -130,6 +136,7 @@ class DiffusionStage:
             timesteps,
             condition,
             error=self.error,
+            weights=self.weights,
             given_noise=perturbation if self.given_frames_in_loss else None,
         )
         yield Update("unet", loss.mean(), {})

@@ -7,6 +7,11 @@ import torch
 
 from src.diffusion import noise_schedule
 
+TABLES = {
+    "linear": noise_schedule.linear(1000, 0.0015, 0.0155),
+    "cosine": noise_schedule.cosine(1000, 0.008, 0.999),
+}
+
 
 def test_linear_is_linear_in_the_square_root_of_the_variance() -> None:
     table = noise_schedule.linear(1000, 0.0015, 0.0155)
@@ -44,3 +49,25 @@ def test_power_gives_the_variances_it_says(exponent: float) -> None:
 def test_impossible_variances_are_refused(start: float, end: float) -> None:
     with pytest.raises(ValueError, match="beta_start"):
         noise_schedule.linear(10, start, end)
+
+
+@pytest.mark.parametrize("table", [TABLES["linear"], TABLES["cosine"]], ids=["linear", "cosine"])
+def test_zero_terminal_snr_keeps_the_first_and_ends_in_noise(table: torch.Tensor) -> None:
+    rescaled = noise_schedule.rescale_to_zero_terminal_snr(table)
+    assert rescaled[-1] == 0 and rescaled[0].item() == pytest.approx(table[0].item(), rel=1e-12)
+    # Shifted and scaled: differences of the square roots keep their ratios.
+    before, after = table.sqrt().diff(), rescaled.sqrt().diff()
+    torch.testing.assert_close(after / after[0], before / before[0], rtol=1e-6, atol=0)
+
+
+def test_zero_terminal_snr_agrees_with_another_library() -> None:
+    from src.metrics.reconstruction import declare_torchvision_operators
+
+    declare_torchvision_operators()
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    table = TABLES["linear"]
+    betas = 1 - table / torch.cat([torch.ones(1, dtype=torch.float64), table[:-1]])
+    theirs = torch.cumprod(1 - rescale_zero_terminal_snr(betas), dim=0)
+    ours = noise_schedule.rescale_to_zero_terminal_snr(table)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)

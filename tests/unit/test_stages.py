@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from src.data.sampler import Batch, LatentBatch
-from src.diffusion import noise_schedule
+from src.diffusion import loss_weighting, noise_schedule
 from src.diffusion.conditioning import FrameMasking
 from src.diffusion.parameterization import Parameterization
 from src.diffusion.samplers import ddim
@@ -41,7 +41,8 @@ def diffusion_stage(
     )
     return DiffusionStage(
         unet, autoencoder=IdentityAutoencoder3d(), parameterization=PROCESS, masking=FrameMasking(**values),
-        loss=loss, given_frames_in_loss=given_frames_in_loss, has_labels=False,
+        loss=loss, given_frames_in_loss=given_frames_in_loss, loss_weighting=loss_weighting.none,
+        has_labels=False,
         generator=lambda _: None, seed=0,
     )  # fmt: skip
 
