@@ -2,7 +2,7 @@
 
 From the same start noises every sampler makes latents; told is their root mean square distance to those of
 1,000 steps of DDIM (normalized latents have deviation 1), and how often the network was called. Nothing is
-given, classes take turns by seed. Deterministic samplers only: with fresh noise latents go elsewhere by right.
+given, classes take turns by seed. Deterministic samplers only: fresh noise leads elsewhere by right.
 """
 
 import argparse

@@ -240,3 +240,32 @@ def test_made_videos_are_measured_the_same_twice(home: Path) -> None:
     sentences = [verb(home, "evaluate", *arguments).stdout.splitlines()[-14:] for _ in range(2)]
     assert sentences[0] == sentences[1]
     assert (home / "made_evaluation/evaluation.json").is_file()
+
+
+@pytest.mark.slow
+def test_twenty_steps_of_the_default_are_nearer_to_a_thousand_than_fifty_of_ddim(
+    home: Path, tmp_path: Path
+) -> None:
+    """On a network that was trained until it denoises, from the same start noises."""
+    from functools import partial
+
+    from src.diffusion import samplers
+    from src.model_folder import load_diffusion
+    from src.sample import labels_of
+
+    run = tmp_path / "runs"
+    shutil.copytree(home / "runs/tiny_autoencoder", run / "tiny_autoencoder")
+    data = [f"dataset.root={home}/data", f"dataset.cache={home}/cache", f"runs={run}"]
+    verb(tmp_path, "train", "+experiment=tiny", *data, "train.num_steps=300", "name=longer",
+         f"autoencoder_from={run}/tiny_autoencoder/model")  # fmt: skip
+    model = load_diffusion(str(run / "longer/model"))
+    seeds = range(8)
+
+    def latents(sampler: samplers.Sampler) -> torch.Tensor:
+        generator = model.generator(sampler, guidance_scale=1.0, noise_level=0)
+        return generator.sample_window(seeds, labels_of(model, seeds, None))
+
+    truth = latents(partial(samplers.ddim, num_sampling_steps=1000, eta=0.0))
+    few = latents(partial(samplers.dpm_solver, num_sampling_steps=20, spacing="log_snr"))
+    more = latents(partial(samplers.ddim, num_sampling_steps=50, eta=0.0))
+    assert (few - truth).square().mean() < (more - truth).square().mean()

@@ -96,3 +96,26 @@ def test_autoregression_counts_and_hands_over_the_right_frames(
     pieces = list(autoregressive(sample_window, num_frames, window, num_given))
     assert torch.cat(pieces, dim=2).flatten().tolist() == list(range(num_frames))
     assert calls == list(range(num_windows(num_frames, window, num_given)))
+
+
+def test_guidance_in_one_call_is_guidance_in_two_and_the_papers_form() -> None:
+    """One batched call equals two separate ones; (1 + w) cond - w uncond is a scale of 1 + w."""
+    torch.manual_seed(0)
+    mixing = torch.randn(3, 3, dtype=torch.float64)
+
+    def network(x: Tensor, timesteps: Tensor, *, mask: Tensor, noise_level: Tensor, label: Tensor) -> Tensor:
+        told = noise_level.reshape(-1, 1, 1, 1, 1) + 2.0 * label.reshape(-1, 1, 1, 1, 1)
+        return torch.tanh(torch.einsum("dc,bcthw->bdthw", mixing, x) + mask + 0.1 * told)
+
+    x, given = torch.randn(2, 2, 3, 4, 5, 5, dtype=torch.float64).unbind()
+    mask = torch.zeros(2, 1, 4, 5, 5, dtype=torch.float64)
+    mask[:, :, :2] = 1
+    condition = Condition(GivenFrames(given, mask, torch.tensor([3, 4])), torch.tensor([1, 0]))
+    times = torch.tensor([5, 9])
+    denoiser = denoiser_of(network)
+    cond, uncond = denoiser(x, times, condition), denoiser(x, times, condition.dropped())
+    assert (cond - uncond).abs().max() > 0.1
+    w = 0.7
+    got = guided(denoiser, 1 + w)(x, times, condition)
+    torch.testing.assert_close(got, uncond + (1 + w) * (cond - uncond), rtol=0, atol=1e-12)
+    torch.testing.assert_close(got, (1 + w) * cond - w * uncond, rtol=0, atol=1e-12)
