@@ -30,7 +30,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import torch
 from torch import Tensor, nn
 
-from src.metrics.reconstruction import _declare_torchvision_operators
+from src.metrics.reconstruction import declare_torchvision_operators
 from src.models.attention import AttentionBlock
 from src.models.unet import UNet3d
 from src.training.device import keep_freed_memory
@@ -64,7 +64,7 @@ def ours(size: str, attention: str) -> UNet3d:
 @cache
 def peer() -> Callable[..., nn.Module]:
     """The other network's constructor; diffusers imports torchvision, which may need help."""
-    _declare_torchvision_operators()
+    declare_torchvision_operators()
     from diffusers import UNet3DConditionModel
 
     return UNet3DConditionModel
@@ -127,11 +127,13 @@ def work(name: str, options: argparse.Namespace) -> None:
     if options.device == "cpu":
         keep_freed_memory()
     torch.manual_seed(0)
-    network: nn.Module = ours(options.size, options.attention)
     *_, shape = SIZES[options.size]
-    if name == "diffusers":
-        widths = equal_widths(options.size, count(network))
-        network = diffusers_unet(options.size, widths)
+    if name == "ours":
+        network: nn.Module = ours(options.size, options.attention)
+    else:
+        with torch.device("meta"):  # or else our weights would count in the other's peak
+            wanted = count(ours(options.size, options.attention))
+        network = diffusers_unet(options.size, equal_widths(options.size, wanted))
     network.to(options.device)
     x = torch.randn(shape, device=options.device)
     target, timesteps = torch.randn_like(x), torch.full(shape[:1], 500, device=options.device)
