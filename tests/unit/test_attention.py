@@ -172,10 +172,11 @@ def grown_by(height: int, width: int, job: str) -> float:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("job", ["forward", "training"])
 def test_memory_of_joint_attention_grows_with_the_tokens_not_with_their_square(job):
-    sizes = [grown_by(16, 16, job), grown_by(16, 32, job), grown_by(32, 32, job)]
+    sizes = [grown_by(16, 16, job), grown_by(32, 32, job)]
     # 16,384 tokens at last; a matrix of all their pairs would take 1,024 MiB for each of the two heads.
-    assert 10 < sizes[2] < 150, sizes
-    assert sizes[1] < 2.2 * sizes[0] and sizes[2] < 2.2 * sizes[1], sizes
+    assert 10 < sizes[1] < 150, sizes
+    # Four times the tokens; all their pairs are sixteen times as many. Allocators are coarse by some MiB.
+    assert sizes[1] < 4 * (sizes[0] + 5), sizes
 
 
 @pytest.mark.parametrize(
