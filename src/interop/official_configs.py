@@ -38,7 +38,15 @@ def refuse_unknown_kind(params: Config) -> None:
             "not the config of a latent diffusion model: expected {target, params} with unet_config and "
             f"first_stage_config among the params, got {sorted(params)}"
         )
-    expect(params, encoder_type="3d", scale_by_std=False, v_posterior=0.0, learn_logvar=False)
+    expect(
+        params,
+        encoder_type="3d",
+        scale_by_std=False,
+        v_posterior=0.0,
+        learn_logvar=False,
+        given_betas=None,
+        concat_mask_on_input=True,
+    )
     if params.get("parameterization", "eps") not in ("eps", "x0"):
         raise ValueError(f"parameterization must be eps or x0, not {params['parameterization']!r}")
     if isinstance(params.get("cond_stage_config"), Mapping):
@@ -152,8 +160,27 @@ UNET_DEFAULTS: dict[str, Any] = {
     "use_relative_position": False,
     "cond_aug_mode": None,
 }
-# Said by the shipped configs, without effect on what is computed.
-UNET_IRRELEVANT = {"image_size", "legacy", "padding_t", "recipe_seed", "recipe_gain", "state_shapes"}
+# Kinds that exist in the original's signature, of which we have the one that was released.
+UNET_ONLY_KIND: dict[str, Any] = {
+    "dims": 3,
+    "use_fp16": False,
+    "use_temporal_transformer": False,
+    "context_dim": None,
+    "nonlinearity_type": "silu",
+}
+# Without effect on what the kind that we have computes; `padding_t` has a check of its own.
+UNET_IRRELEVANT = {
+    "image_size",
+    "legacy",
+    "padding_t",
+    "num_heads_upsample",
+    "transformer_depth",
+    "ST_transformer_module",
+    "ST_transformer_class",
+    "recipe_seed",
+    "recipe_gain",
+    "state_shapes",
+}
 UNET_REQUIRED = {"in_channels", "out_channels", "model_channels", "attention_resolutions", "num_res_blocks"}
 
 
@@ -163,13 +190,18 @@ def unet_arguments(config: Config, relative_position_as_released: bool) -> dict[
     Plain values only; `attention` holds the arguments of its `AttentionBlock`.
     """
     params = params_of(config, "unet_config")
-    unknown = sorted(params.keys() - UNET_DEFAULTS.keys() - UNET_IRRELEVANT - UNET_REQUIRED)
+    unknown = sorted(
+        params.keys() - UNET_DEFAULTS.keys() - UNET_ONLY_KIND.keys() - UNET_IRRELEVANT - UNET_REQUIRED
+    )
     missing = sorted(UNET_REQUIRED - params.keys())
     if unknown or missing:
         raise ValueError(
             f"not a U-Net config that can be converted: unknown keys {unknown}, missing keys {missing} "
             "(the text-to-video variant isn't supported)"
         )
+    if params.get("use_temporal_transformer") or params.get("context_dim") is not None:
+        raise ValueError("a U-Net with transformer blocks: the text-to-video variant isn't supported")
+    expect(params, **UNET_ONLY_KIND)
     said = UNET_DEFAULTS | dict(params)
     if said.get("padding_t", said["kernel_size_t"] // 2) != said["kernel_size_t"] // 2:
         raise ValueError(
@@ -179,7 +211,9 @@ def unet_arguments(config: Config, relative_position_as_released: bool) -> dict[
         raise ValueError(f"cond_aug_mode must be time_embed or absent, not {said['cond_aug_mode']!r}")
     told_mask = said["in_channels"] == said["out_channels"] + 1
     rows = said["num_classes"] or 0
-    by_count = said["num_heads"] != -1
+    by_count = said["num_head_channels"] == -1  # a width, where there is one, wins over a count
+    if by_count and said["num_heads"] == -1:
+        raise ValueError("either num_heads or num_head_channels must be set")
     resampling_alone = "conv" if said["conv_resample"] else "pool"
     return {
         "in_channels": said["in_channels"] - told_mask,

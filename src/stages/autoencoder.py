@@ -33,6 +33,8 @@ class AutoencoderStage:
         adversarial_loss: of the discriminator: ``hinge`` (Lim and Ye 2017) or ``vanilla``, the logistic loss
             (Goodfellow et al. 2014); the autoencoder's side is the mean logit with either.
         adversarial_start: step from which the adversary takes part.
+        max_adaptive_weight: limit of the ratio of gradient norms. The released code's loss is a sum over the
+            c h w of a frame, ours a mean: its limit of 1e4 is 1e4 / (c h w) here.
         kl_weight: weight of the divergence.
         seed: of the posterior's samples.
         mean_over_processes: averages a tensor over processes.
@@ -54,6 +56,7 @@ class AutoencoderStage:
         adversarial_weight: float,
         adversarial_loss: Literal["hinge", "vanilla"],
         adversarial_start: int,
+        max_adaptive_weight: float,
         kl_weight: float,
         seed: int,
         mean_over_processes: Callable[[Tensor], Tensor],
@@ -73,6 +76,7 @@ class AutoencoderStage:
         self.adversarial_weight = adversarial_weight
         self.separate = hinge_loss if adversarial_loss == "hinge" else logistic_loss
         self.adversarial_start = adversarial_start
+        self.max_adaptive_weight = max_adaptive_weight
         self.kl_weight = kl_weight
         self.seed = seed
         self.mean_over_processes = mean_over_processes
@@ -139,7 +143,9 @@ class AutoencoderStage:
             if self._step_of_sums >= 0:
                 means = self.mean_over_processes(sums) / running["num_micro_batches"]
                 norms = means.flatten(1).norm(dim=1)
-                running["adaptive_weight"] = (norms[0] / (norms[1] + 1e-4)).clamp(0.0, 1e4)
+                running["adaptive_weight"] = (norms[0] / (norms[1] + 1e-4)).clamp_max(
+                    self.max_adaptive_weight
+                )
             running["reconstruction_gradient"] = torch.zeros_like(sums[0])
             running["adversarial_gradient"] = torch.zeros_like(sums[1])
             running["num_micro_batches"] = torch.zeros_like(running["num_micro_batches"])

@@ -122,6 +122,7 @@ def autoencoder_loss(case: Case) -> Compute:
             adversarial_weight=config["disc_weight"] * factor,
             adversarial_loss=loss,  # type: ignore[arg-type]
             adversarial_start=0,
+            max_adaptive_weight=1e4 / per_frame,
             kl_weight=config["kl_weight"] / kl_share,
             seed=0,
             mean_over_processes=lambda values: values,
@@ -304,21 +305,36 @@ def latent_diffusion(case: Case) -> Compute:
 
     def loss(which: str, kind: str, what: str, predicts: Any = raw.prediction_type) -> Tensor:
         noise, given_noise = noises(which)
-        latents = given["z"] if "z" in given else known["z"]
-        weights = None
-        if what == "loss_vlb":
-            weights = likelihood_weights(process.alphas_cumprod, predicts)
-        return denoising_loss(
-            denoiser_of(raw.unet),
-            Parameterization(process.alphas_cumprod, predicts),
-            latents,
-            noise,
-            given["t"],
-            given_in_training(given_noise),
-            error=torch.abs if kind == "l1" else torch.square,
-            weights=weights,
-            given_noise=given_noise if raw.unet.mask_channel else None,
-        ).mean()
+
+        def mean(weights: Tensor | None) -> Tensor:
+            return denoising_loss(
+                denoiser_of(raw.unet),
+                Parameterization(process.alphas_cumprod, predicts),
+                given["z"] if "z" in given else known["z"],
+                noise,
+                given["t"],
+                given_in_training(given_noise),
+                error=torch.abs if kind == "l1" else torch.square,
+                weights=weights,
+                given_noise=given_noise if raw.unet.mask_channel else None,
+            ).mean()
+
+        def simple() -> Tensor:
+            return mean(None)
+
+        def bound() -> Tensor:
+            return mean(likelihood_weights(process.alphas_cumprod, predicts))
+
+        # The shipped configs leave these three as they are.
+        logvar = config["params"].get("logvar_init", 0.0)
+        simple_share = config["params"].get("l_simple_weight", 1.0)
+        bound_share = config["params"].get("original_elbo_weight", 0.0)
+
+        def whole() -> Tensor:
+            total = simple_share * (simple() / math.exp(logvar) + logvar)
+            return total + bound_share * bound() if bound_share else total
+
+        return {"loss": whole, "loss_simple": simple, "loss_vlb": bound}[what]()
 
     @cache
     def gradients() -> dict[str, Tensor]:

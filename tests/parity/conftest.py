@@ -55,11 +55,14 @@ class Unknown(Exception):
     """An output for which no computation is known."""
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest deviation, relative to the expected tensor's maximum; infinite if the shapes differ."""
+def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """The largest deviation, relative to the expected tensor's maximum, or to `floor` if that is more.
+
+    Infinite if the shapes differ.
+    """
     if actual.shape != expected.shape:
         return math.inf
-    largest = expected.abs().max().double().item()
+    largest = max(expected.abs().max().double().item(), floor)
     deviation = (actual.detach().double() - expected.double()).abs().max().item()
     if math.isnan(deviation):
         return math.inf

@@ -30,7 +30,8 @@ SAMPLED = r"ddim\.(eta|noguid|cfg).*|ddpm.*|ar\..*|interp\..*"
 def tolerance(case: Case, name: str) -> float:
     """How far an output may be off, relative to its maximum."""
     if case.name == "schedule":
-        return TABLE
+        # float32 exponentials of two processors differ in the last digit, their phases a thousandfold.
+        return NETWORK if "embedding" in name else TABLE
     if case.name == "fvd_kvd":
         if name.startswith("fd_") and not name.endswith("_f64"):
             return FLOAT32_SINGULAR if "rankdef" in name else FLOAT32_DISTANCE
@@ -55,7 +56,9 @@ def excess(case: Case, name: str, expected: Tensor, actual: Tensor) -> float:
             # Of equal sets the distance is nothing; the original's float32 leaves a remainder.
             allowed, expected = 1e-6, torch.zeros_like(expected)
         return abs(actual.item() - expected.item()) / allowed
-    return relative_error(actual, expected) / allowed
+    # A gradient that vanishes (a bias right before its normalization) is the rounding of the whole one.
+    floor = 1e-3 * case.outputs.get("grad.global_norm", torch.zeros(())).item() if "grad." in name else 0.0
+    return relative_error(actual, expected, floor) / allowed
 
 
 @torch.no_grad()

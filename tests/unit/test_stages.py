@@ -135,15 +135,15 @@ def test_cached_posteriors_and_clips_give_the_same_latents() -> None:
     torch.testing.assert_close(stage.latents(batch), stage.latents(cached), rtol=1e-5, atol=1e-5)
 
 
-def autoencoder_stage(seed: int = 0) -> AutoencoderStage:
-    torch.manual_seed(seed)
+def autoencoder_stage(max_adaptive_weight: float = 1e4) -> AutoencoderStage:
+    torch.manual_seed(0)
     return AutoencoderStage(
         Autoencoder3d(
             hidden_channels=8, downsample=(2, 2, 2), norm_groups=4, encoder_blocks=1, decoder_blocks=1
         ),
         discriminator=PatchDiscriminator(width=8, n_layers=1), perceptual=None, pixel_loss="mse",
         perceptual_weight=1.0, adversarial_weight=0.5, adversarial_loss="hinge",
-        adversarial_start=2, kl_weight=0.0, seed=0,
+        adversarial_start=2, max_adaptive_weight=max_adaptive_weight, kl_weight=0.0, seed=0,
         mean_over_processes=lambda values: values,
     )  # fmt: skip
 
@@ -177,6 +177,17 @@ def test_the_adversary_starts_when_told_and_weighs_by_the_gradients_of_the_step_
     expected = (norms[0] / (norms[1] + 1e-4)).item()
     assert second[0].metrics["adaptive_weight"].item() == pytest.approx(expected, rel=1e-4)
     assert second[0].loss.item() == pytest.approx((pixel + 0.5 * expected * opinion).item(), rel=1e-4)
+
+
+def test_the_weight_of_the_adversary_has_a_limit() -> None:
+    batch, weights = big_clips(), []
+    for limit in (1e4, 0.01):
+        stage = autoencoder_stage(limit)
+        list(stage.updates(stage.modules, batch, 2))
+        update, _ = stage.updates(stage.modules, batch, 3)
+        weights.append(update.metrics["adaptive_weight"].item())
+    assert weights[0] > 0.02
+    assert weights[1] == pytest.approx(0.01, rel=1e-6)
 
 
 def test_the_adversary_is_not_trained_by_the_autoencoders_loss() -> None:
