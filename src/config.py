@@ -20,6 +20,7 @@ from typing import Any
 
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -159,7 +160,7 @@ class TrainConfig:
     prediction_type: Any = None
     loss_weighting: Any = None
     conditioning: Any = None
-    class_conditional: Any = None
+    class_conditional: bool | None = None
     sampler: Any = None
     start_from: str | None = None
     latents: str | None = None
@@ -285,7 +286,14 @@ def verb(config_name: str, schema: type) -> Callable[[Callable[[DictConfig], Non
                 Plugins.instance().register(_ExperimentsOnSearchPath)
             # Launchers may run the cells in other processes, which inherit the environment but no arguments.
             os.environ[_SWEPT] = " ".join(_swept_keys(sys.argv[1:]))
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(guarded)()
+            except SystemExit as stop:
+                # Hydra has said that it can't compose the config, in its own words.
+                hint = _meant(config_name, sys.argv[1:]) if stop.code == 1 else ""
+                if hint:
+                    print(f"\n{hint}", file=sys.stderr)
+                raise
 
         return main
 
@@ -383,6 +391,51 @@ def _check_type(hint: Any, value: Any, path: str) -> None:
             return
     names = " or ".join("null" if option is type(None) else option.__name__ for option in plain)
     raise ConfigError(f"{path} must be {names}, got {value!r}")
+
+
+def _meant(config_name: str, arguments: list[str]) -> str:
+    """What overrides that Hydra refused might have meant; empty if none is recognized."""
+    parser = OverridesParser.create()
+    chosen, values = [], []
+    for argument in arguments:
+        if argument.startswith("-"):
+            continue
+        try:
+            override = parser.parse_override(argument)
+        except HydraException:
+            name, _, value = argument.partition("=")
+            return f"a value with special characters is quoted twice: '{name}=\"{value}\"'"
+        key = str(override.key_or_group)
+        if (CONF / key).is_dir() and override.value() is None:
+            return f"{key} is a group of options; leave it away instead of choosing null"
+        if (CONF / key).is_dir() or override.is_add():
+            chosen.append(argument)
+        else:
+            values.append(key)
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = hydra.compose(config_name, overrides=chosen)
+    except HydraException:
+        return ""
+    known = _keys(cfg)
+
+    def near(key: str) -> list[str]:
+        parent = key.rpartition(".")[0]
+        beside = [other for other in known if other.rpartition(".")[0] == parent]
+        return beside + ([] if parent else _groups())
+
+    return "\n".join(_unknown(key, near(key) or known, "key") for key in values if key not in known)
+
+
+def _keys(node: Any, path: str = "") -> list[str]:
+    """All keys of a config, with dots."""
+    if not isinstance(node, DictConfig):
+        return [path]
+    below = [
+        key for name in map(str, node) for key in _keys(node._get_node(name), f"{path}.{name}".lstrip("."))
+    ]
+    return below + ([path] if path else [])
 
 
 def _groups() -> list[str]:

@@ -4,12 +4,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .config import ConfigError, ConvertConfig, verb
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .interop.official import OfficialLatentDiffusion
     from .model_folder import DataRecord
 
@@ -22,9 +24,13 @@ def main(cfg: DictConfig) -> None:
     """Writes a model folder from a checkpoint file, or a checkpoint file from a model folder."""
     if cfg.direction not in ("import", "export"):
         raise ConfigError(f"direction={cfg.direction} is unknown; choose import or export")
+    if not cfg.output:
+        raise ConfigError("output= is empty; name the folder or file to write")
     if cfg.direction == "export":
         if cfg.get("preset") is not None or cfg.config is not None:
             raise ConfigError("a model folder knows its own config; leave preset and config away to export")
+        if not cfg.use_ema:
+            raise ConfigError("a model folder holds one set of weights; leave use_ema away to export")
         export(Path(cfg.checkpoint), Path(cfg.output))
         return
     if (cfg.get("preset") is None) == (cfg.config is None):
@@ -33,7 +39,13 @@ def main(cfg: DictConfig) -> None:
             "config=FILE.yaml, the released code's own config of the model"
         )
     described = read_description(cfg)
-    import_checkpoint(Path(cfg.checkpoint), described, Path(cfg.output), use_ema=cfg.use_ema)
+    try:
+        import_checkpoint(Path(cfg.checkpoint), described, Path(cfg.output), use_ema=cfg.use_ema)
+    except (TypeError, KeyError, AttributeError) as error:  # a value of another type, a part that isn't there
+        raise ConfigError(
+            f"the config of the model can't be understood ({type(error).__name__}: {error}); expected the "
+            "released code's own YAML"
+        ) from error
 
 
 def read_description(cfg: DictConfig) -> dict[str, Any]:
@@ -52,16 +64,35 @@ def read_description(cfg: DictConfig) -> dict[str, Any]:
             node = OmegaConf.load(path)
         except Exception as error:
             raise ConfigError(f"config={path} isn't YAML: {error}") from error
-    try:
-        described = OmegaConf.to_container(node, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"config={cfg.config}: {error}") from error
-    if not isinstance(described, dict):
+    described = plain_of(node)
+    if isinstance(described, dict) and "model" not in described:
+        described = {"model": described}
+    if not isinstance(described, dict) or not isinstance(described["model"], dict) or not described["model"]:
         raise ConfigError(
-            f"config={cfg.config} holds no mapping; expected the released code's YAML of a model"
+            f"config={cfg.config} describes no model; expected the released code's YAML: a mapping `model` "
+            "with target and params"
         )
-    plain: dict[str, Any] = {str(key): value for key, value in described.items()}
-    return plain if "model" in plain else {"model": plain}
+    return described
+
+
+def plain_of(node: Any) -> Any:
+    """A node as plain Python, resolved as far as the file itself can tell.
+
+    The released files leave values to their command line (`ckpt_path: ${ckpt_path}`); these stay text.
+    """
+    if isinstance(node, ListConfig):
+        return [plain_of(child) for child in node]
+    if not isinstance(node, DictConfig):
+        return node
+    raw: Any = OmegaConf.to_container(node, resolve=False)
+
+    def value(key: Any) -> Any:
+        try:
+            return plain_of(node[key])
+        except OmegaConfBaseException:
+            return raw[key]
+
+    return {str(key): value(key) for key in raw}
 
 
 def import_checkpoint(checkpoint: Path, described: dict[str, Any], folder: Path, use_ema: bool) -> None:
@@ -83,7 +114,15 @@ def import_checkpoint(checkpoint: Path, described: dict[str, Any], folder: Path,
     refuse_existing(folder)
     state, step = read_checkpoint(checkpoint)
     config = described["model"]
-    if "unet_config" not in official_configs.params_of(config):
+    whole = any(key.startswith(official.UNET_PREFIX) for key in state)
+    if whole != ("unet_config" in official_configs.params_of(config)):
+        kinds = {True: "a whole latent diffusion model", False: "no diffusion model, perhaps an autoencoder"}
+        raise ValueError(
+            f"{checkpoint} holds {kinds[whole]}, the config describes {kinds[not whole]}; choose another "
+            f"preset or config, like {'short_sky' if whole else 'ae_sky'}"
+        )
+    refuse_non_finite(state, checkpoint)
+    if not whole:
         autoencoder = official.autoencoder_from_official(state, config)
         arguments = official_configs.autoencoder_arguments(config)
         data = data_of(described, checkpoint, None)
@@ -128,8 +167,12 @@ def import_checkpoint(checkpoint: Path, described: dict[str, Any], folder: Path,
         data=data,
         step=step,
     )
-    weights = {True: "averaged", False: "raw", None: "raw (the checkpoint has no averaged ones)"}
-    print(f"{weights[model.averaged]} weights, {count(model.unet):,} parameters: {folder}")
+    weights = {
+        True: "averaged weights",
+        False: "raw weights",
+        None: "raw weights (the checkpoint has no others)",
+    }
+    print(f"{weights[model.averaged]}, {count(model.unet):,} parameters: {folder}")
 
 
 def data_of(
@@ -143,6 +186,11 @@ def data_of(
 
     told = described.get("data") or {}
     facts: dict[str, Any] = {"name": checkpoint.stem, "resolution": [256, 256]} | UNKNOWN_DATA
+    split: Any = told
+    for key in ("params", "train", "params"):
+        split = (split.get(key) if isinstance(split, dict) else None) or {}
+    stride = split.get("frame_stride", split.get("clip_step", facts["frame_stride"]))
+    facts["frame_stride"] = stride if isinstance(stride, int) else facts["frame_stride"]
     if model is not None:
         assert model.autoencoder is not None
         _, t, h, w = model.window
@@ -150,9 +198,6 @@ def data_of(
         facts |= {"num_frames": t * ft, "resolution": [h * fh, w * fw]}
         facts["classes"] = [f"class {i}" for i in range(model.unet.num_classes)]
     else:
-        split: Any = told
-        for key in ("params", "train", "params"):
-            split = (split.get(key) if isinstance(split, dict) else None) or {}
         size = split.get("resolution", facts["resolution"])
         facts["resolution"] = [size, size] if isinstance(size, int) else list(size)
         facts["num_frames"] = split.get("video_length", facts["num_frames"])
@@ -179,6 +224,8 @@ def export(folder: Path, output: Path) -> None:
     beside = output.with_suffix(".yaml")
     if beside == output:
         raise ValueError(f"output={output}: that is the name of the config beside the checkpoint; use .ckpt")
+    if folder.is_file():
+        raise ValueError(f"checkpoint={folder} is a file; direction=export takes a model folder")
     for path in (output, beside):
         refuse_existing(path)
     config = read_config(folder, remedy="")
@@ -209,6 +256,11 @@ def export(folder: Path, output: Path) -> None:
             window=loaded.window,
             averaged=True,
         )
+        official.refuse_inexpressible(
+            official_configs.process_differences(model.schedule, model.prediction_type)
+            + official.unet_differences(model.unet)
+            + official.autoencoder_differences(autoencoder)
+        )
         unet_arguments = arguments_of(config["unet"])
         unet_arguments["attention"] = arguments_of(unet_arguments["attention"])
         described = official_configs.latent_diffusion_config(
@@ -228,6 +280,16 @@ def export(folder: Path, output: Path) -> None:
     with atomic_path(beside) as part:
         part.write_text(OmegaConf.to_yaml(OmegaConf.create({"data": data, "model": described})))
     print(f"{len(state)} tensors: {output}; their config: {beside}")
+
+
+def refuse_non_finite(state: "dict[str, Tensor]", checkpoint: Path) -> None:
+    """Raises ValueError if a weight is NaN or infinite: such a model makes nothing but black frames."""
+    wrong = [key for key, tensor in state.items() if not bool(tensor.isfinite().all())]
+    if wrong:
+        raise ValueError(
+            f"{checkpoint} holds numbers that aren't finite, in {len(wrong)} of {len(state)} tensors (first "
+            f"{wrong[0]}); its training has diverged, take an earlier checkpoint"
+        )
 
 
 def refuse_existing(path: Path) -> None:

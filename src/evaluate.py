@@ -66,7 +66,7 @@ def main(cfg: DictConfig) -> None:
 
     from .metrics.features import I3D_RESIZE, i3d_features
     from .metrics.frechet import GaussianStatistics, frechet_distance
-    from .metrics.i3d import load_i3d
+    from .metrics.i3d import MIN_FRAMES, load_i3d
     from .metrics.kernel import kernel_distance
     from .metrics.protocol import Protocol
     from .metrics.video_statistics import mean_pairwise_distance, nearest
@@ -82,14 +82,19 @@ def main(cfg: DictConfig) -> None:
     if cfg.samples is not None and not Path(cfg.samples).is_dir():
         raise FileNotFoundError(f"no folder of videos at samples={cfg.samples}")
 
+    node = clip_geometry(cfg.dataset, None if model is None else model.data)
     extractor: Callable[[torch.Tensor], torch.Tensor] | None = None
     if cfg.protocol.features == "i3d":
+        if node["num_frames"] < MIN_FRAMES:
+            raise ConfigError(
+                f"I3D needs at least {MIN_FRAMES} frames, clips here have {node['num_frames']}; measure "
+                "longer ones (dataset.num_frames), or do without features: protocol.features=null"
+            )
         network = load_i3d(cfg.i3d).to(device)
         extractor = lambda video: i3d_features(network, video)  # noqa: E731
     elif cfg.protocol.features is not None:
         raise ConfigError(f"protocol.features={cfg.protocol.features} is unknown; choose i3d or null")
 
-    node = clip_geometry(cfg.dataset, None if model is None else model.data)
     training = build(node, split=cfg.protocol.split, seed=cfg.seed)
     held_out = build(node, split="test", seed=cfg.seed)
     notes = [] if model is None else differences(training, model)
@@ -316,6 +321,7 @@ def _held_out(
 def _generated(cfg: DictConfig, model: "DiffusionModel", count: int, scale: float) -> "Iterator[Tensor]":
     """Samples of consecutive seeds, rounded to 8 bits as a file would hold them."""
     from .data.transforms import to_frames, to_video
+    from .generation import require_finite
     from .sample import labels_of
     from .training.device import compile_in_place
 
@@ -325,7 +331,7 @@ def _generated(cfg: DictConfig, model: "DiffusionModel", count: int, scale: floa
     for start in range(0, count, cfg.batch_size):
         seeds = [cfg.first_seed + i for i in range(start, min(start + cfg.batch_size, count))]
         video = generator.decode(generator.sample_window(seeds, labels_of(model, seeds, None)))
-        yield to_video(to_frames(video.cpu())).to(generator.device)
+        yield to_video(to_frames(require_finite(video.cpu()))).to(generator.device)
 
 
 def _training_pixels(dataset: "ClipDataset", batch_size: int, device: "torch.device") -> "Tensor":

@@ -15,6 +15,16 @@ from .diffusion.samplers import Sampler
 from .models.autoencoder import LatentSpace
 
 
+def require_finite(video: Tensor) -> Tensor:
+    """The video as it came; raises ValueError if it holds anything that isn't a number."""
+    if not bool(video.isfinite().all()):
+        raise ValueError(
+            "the model made values that aren't finite: its weights have diverged, or a half precision "
+            "overflowed; use an earlier model"
+        )
+    return video
+
+
 @dataclass(frozen=True)
 class VideoGenerator:
     """A latent diffusion model, ready to make videos.
@@ -48,6 +58,14 @@ class VideoGenerator:
     noise_level: int
 
     def __post_init__(self) -> None:
+        # What the sampler can't do with this schedule is found before anything is made.
+        table, tiny = self.parameterization.alphas_cumprod, torch.zeros(1, 1, 1, 1, 1)
+        self.sampler(lambda latents, _: latents, tiny, table.cpu(), lambda _: tiny)
+        if self.guidance_scale != 1.0 and not (self.gives_frames or self.has_labels):
+            raise ValueError(
+                f"guidance.scale={self.guidance_scale} has nothing to guide: this model was trained without "
+                "classes and without given frames; use guidance=none"
+            )
         if not 0 <= self.noise_level < max(self.max_noise_level, 1):
             raise ValueError(
                 f"noise_level={self.noise_level} was never seen in training: the model knows levels below "

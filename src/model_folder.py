@@ -208,8 +208,13 @@ FREE_ON_START = {"dropout", "checkpoint", "initial_logvar"}
 
 
 def start_from(
-    folder: str, module: nn.Module, node: dict[str, Any], kind: str, autoencoder: str | None = None
-) -> None:
+    folder: str,
+    module: nn.Module,
+    node: dict[str, Any],
+    kind: str,
+    autoencoder: str | None = None,
+    process: dict[str, Any] | None = None,
+) -> list[str]:
     """Fills a network with the weights of a model folder, to train on from there.
 
     Args:
@@ -218,6 +223,11 @@ def start_from(
         node: the network's node in the new run's config.
         kind: ``unet`` or ``autoencoder``.
         autoencoder: folder of the autoencoder on whose latents a U-Net will be trained.
+        process: `noise_schedule` and `prediction_type` of the new run.
+
+    Returns:
+        Lines that say how the process differs from the one that the weights were trained for: allowed, since
+        they can be trained over to it.
 
     Raises:
         FileNotFoundError: if there is no model folder.
@@ -249,6 +259,7 @@ def start_from(
             f"{autoencoder}; use its own: autoencoder.folder={folder}"
         )
     _fill(module, path)
+    return difference({key: config[key] for key in process or {}}, process or {})
 
 
 def data_record(config: dict[str, Any]) -> DataRecord:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from .config import (
     ConfigError,
@@ -15,6 +15,7 @@ from .config import (
     PlanSettings,
     SampleConfig,
     build,
+    difference,
     typed,
     verb,
 )
@@ -38,7 +39,8 @@ def main(cfg: DictConfig) -> None:
 
     from .data.transforms import to_frames
     from .data.video import VideoWriter
-    from .model_folder import load_diffusion
+    from .generation import require_finite
+    from .model_folder import fingerprint, load_diffusion
     from .training.device import compile_in_place, pick_device
 
     machine: MachineSettings = typed(cfg, "machine", MachineSettings)
@@ -65,6 +67,8 @@ def main(cfg: DictConfig) -> None:
             "latent frames. Choose one of these, or train with conditioning=prediction and its num_given"
         )
     folder = Path(cfg.output) if cfg.output else Path(cfg.model).parent / "samples"
+    made_by = recipe(cfg, fingerprint(Path(cfg.model)), num_frames)
+    refuse_other_samples(folder, made_by)
     folder.mkdir(parents=True, exist_ok=True)
 
     seeds = [cfg.first_seed + i for i in range(cfg.num_samples)]
@@ -77,13 +81,13 @@ def main(cfg: DictConfig) -> None:
             with ExitStack() as files:
                 writers = [files.enter_context(VideoWriter(names[seed], model.data.fps)) for seed in batch]
                 for video in videos(generator, batch, labels, num_frames, num_given):
-                    for writer, frames in zip(writers, to_frames(video.cpu()), strict=True):
+                    for writer, frames in zip(writers, to_frames(require_finite(video.cpu())), strict=True):
                         writer.write(frames)
                     bar.update(video.shape[0] * video.shape[2])
     if processes is not None:
         processes.wait_for_everyone()
     if rank == 0:
-        _describe(cfg, model, folder, [names[seed] for seed in seeds], seeds, num_frames)
+        _describe(cfg, model, folder, made_by, [names[seed] for seed in seeds], seeds)
         print(f"{len(seeds)} videos of {num_frames} frames: {folder}")
     if world_size > 1:
         torch.distributed.destroy_process_group()
@@ -129,18 +133,43 @@ def labels_of(model: "DiffusionModel", seeds: Sequence[int], choice: Any) -> "Te
     return torch.full((len(seeds),), choice)
 
 
+def recipe(cfg: DictConfig, weights: str, num_frames: int) -> dict[str, Any]:
+    """All that decides what a sample of a given seed looks like."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    decisive = ("sampler", "guidance", "plan", "labels", "noise_level")
+    return {"weights_sha256": weights, "num_frames": num_frames} | {key: plain[key] for key in decisive}
+
+
+def refuse_other_samples(folder: Path, made_by: dict[str, Any]) -> None:
+    """Raises ConfigError if a folder holds samples of another model or made in another way.
+
+    Mixed, they would be measured as one.
+    """
+    path = folder / "samples.json"
+    if not path.is_file():
+        return
+    lines = difference(json.loads(path.read_text()).get("made_by", {}), made_by)
+    if lines:
+        changes = "\n".join(lines)
+        raise ConfigError(
+            f"{folder} holds samples that were made in another way (there -> here):\n{changes}\n"
+            f"Choose another folder with output=…, or remove {folder} first"
+        )
+
+
 def _describe(
     cfg: DictConfig,
     model: "DiffusionModel",
     folder: Path,
+    made_by: dict[str, Any],
     paths: list[Path],
     seeds: list[int],
-    num_frames: int,
 ) -> None:
     """Writes ``samples.json`` and ``contact_sheet.png``."""
+    from .data.storage import atomic_path
     from .data.video import contact_sheet, read_clip
 
-    labels = labels_of(model, seeds, cfg.labels)
+    labels, num_frames = labels_of(model, seeds, cfg.labels), made_by["num_frames"]
     entries = [
         {"file": path.name, "seed": seed}
         | ({} if labels is None else {"class": model.data.classes[int(labels[i])]})
@@ -149,12 +178,12 @@ def _describe(
     description = {
         "model": str(cfg.model),
         "step": model.step,
-        "num_frames": num_frames,
         "fps": model.data.fps,
-        "guidance_scale": cfg.guidance.scale,
+        "made_by": made_by,
         "samples": entries,
     }
-    (folder / "samples.json").write_text(json.dumps(description, indent=1))
+    with atomic_path(folder / "samples.json") as part:
+        part.write_text(json.dumps(description, indent=1))
     stride = max(1, num_frames // 16)
     shown = [read_clip(path, 0, min(num_frames // stride, 16), stride) for path in paths[:12]]
     (folder / "contact_sheet.png").write_bytes(contact_sheet(shown, num_columns=len(shown[0])))

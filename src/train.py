@@ -268,7 +268,11 @@ def _diffusion_stage(
             f"halve often enough; use multiples of {factor[0]}x{factor[1]}, or a shorter unet.channel_mult"
         )
     if cfg.start_from is not None:
-        start_from(cfg.start_from, unet, node, "unet", cfg.autoencoder.get("folder"))
+        process = {key: plain[key] for key in ("noise_schedule", "prediction_type")}
+        folder = cfg.autoencoder.get("folder")
+        changes = start_from(cfg.start_from, unet, node, "unet", folder, process)
+        if changes:
+            accelerator.print("note: trained otherwise before (there -> here):", *changes, sep="\n")
     stage = build(
         cfg.stage,
         unet=unet,

@@ -113,7 +113,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int]:
             f"{path}: expected nothing but named tensors in its state_dict, but these aren't: {strange[:5]}"
         )
     step = content.get("global_step", 0)
-    return {key: value.detach() for key, value in state.items()}, step if type(step) is int else 0
+    # A network that several processes trained may have been saved inside its wrapper.
+    wrapped = "module." if all(key.startswith("module.") for key in state) else ""
+    weights = {key.removeprefix(wrapped): value.detach() for key, value in state.items()}
+    return weights, step if type(step) is int else 0
 
 
 def write_checkpoint(state: Mapping[str, Tensor], path: Path, step: int) -> None:

@@ -38,6 +38,7 @@ from .official_names import (
     autoencoder_names,
     discriminator_names,
     export,
+    listed,
     load,
     refuse_misfit,
     unet_names,
@@ -197,16 +198,20 @@ def latent_diffusion_from_official(
     # A state of nothing but parameters has neither tables nor counters.
     buffers = (*tables, *AVERAGE_COUNTERS)
     counted = AVERAGE_COUNTERS if any(key in state for key in buffers) else ()
-    if has_averages or (use_ema and params.get("use_ema", True)):
+    if use_ema and not has_averages and params.get("use_ema", True):
+        raise ValueError(
+            "the averaged weights (model_ema.*) are missing: take the raw ones with use_ema=false, or "
+            "let the config say use_ema: false if the model was trained without averages"
+        )
+    if has_averages:
         expected = {*doubles.values(), *counted}
         missing = sorted(expected - state.keys())
         extra = sorted(key for key in state if key.startswith(AVERAGE_PREFIX) and key not in expected)
         if missing or extra:
             raise ValueError(
-                f"the averaged weights don't fit the config: missing {missing}, left over {extra} "
-                "(a model trained without averages says use_ema: false in its config)"
+                f"the averaged weights don't fit the config: missing {listed(missing)}, "
+                f"left over {listed(extra)}"
             )
-        has_averages = True
     averaged = use_ema if has_averages else None
     refuse_misfit(names, state, UNET_PREFIX)
     chosen = {raw: state[double if averaged else raw] for raw, double in doubles.items()}
@@ -433,10 +438,15 @@ def refuse_other_tables(state: Mapping[str, Tensor], expected: Mapping[str, Tens
     found = {key: state[key] for key in expected if key in state}
     missing = sorted(expected.keys() - found.keys()) if found else []
     if extra or missing:
-        raise ValueError(f"the checkpoint doesn't fit the config: missing {missing}, left over {extra}")
+        raise ValueError(
+            f"the checkpoint doesn't fit the config: missing {listed(missing)}, left over {listed(extra)}"
+        )
     for key, table in found.items():
+        # A checkpoint in half precision has rounded its tables, too.
+        rounding = torch.finfo(table.dtype) if table.is_floating_point() else torch.finfo(torch.float32)
+        rtol, atol = max(1e-5, rounding.eps), max(1e-7, rounding.tiny)
         if table.shape != expected[key].shape or not torch.allclose(
-            table.float(), expected[key], rtol=1e-5, atol=1e-7
+            table.float(), expected[key].to(table.dtype).float(), rtol=rtol, atol=atol
         ):
             raise ValueError(
                 f"the checkpoint's table {key} isn't that of its config's schedule; give the config that it "

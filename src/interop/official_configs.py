@@ -79,9 +79,12 @@ def schedule_arguments(config: Config) -> Schedule:
 
 
 def window_from_official(params: Config) -> tuple[int, int, int, int]:
-    """Latent shape (c, t, h, w) of a training clip; the length is that of the attention."""
+    """Latent shape (c, t, h, w) of a training clip.
+
+    Its length is `video_length`, or that of the attention's tables if the config doesn't say it.
+    """
     unet = params_of(params["unet_config"])
-    length = unet.get("temporal_length") or params.get("video_length")
+    length = params.get("video_length") or unet.get("temporal_length")
     size = params.get("image_size", unet.get("image_size"))
     if not length or size is None:
         raise ValueError("the config tells neither image_size nor video_length (or temporal_length)")
@@ -293,6 +296,37 @@ def autoencoder_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def official_schedule(schedule: Schedule) -> dict[str, Any] | None:
+    """The original's keyword arguments for one of our noise schedules; None if it has none for it."""
+    function, ours = schedule
+    schedules: dict[str, Callable[[], dict[str, Any]]] = {
+        "linear": lambda: {"linear_start": ours["beta_start"], "linear_end": ours["beta_end"]},
+        "cosine": lambda: {"beta_schedule": "cosine", "cosine_s": ours["offset"]},
+        "power": lambda: {
+            "beta_schedule": {1.0: "sqrt_linear", 0.5: "sqrt"}.get(ours["exponent"]),
+            "linear_start": ours["start"],
+            "linear_end": ours["end"],
+        },
+    }
+    if function not in schedules:
+        return None
+    told = {"timesteps": ours["num_timesteps"]} | schedules[function]()
+    if told.get("beta_schedule", "linear") is None:
+        return None
+    same = schedule_arguments(told) == (function, {k: v for k, v in ours.items() if v is not False})
+    return told if same else None
+
+
+def process_differences(schedule: Schedule, prediction_type: PredictionType) -> list[str]:
+    """What the released code can't express about a schedule and a prediction."""
+    found = []
+    if official_schedule(schedule) is None:
+        found.append(f"the noise schedule {schedule[0]} with {schedule[1]}")
+    if prediction_type == "v":
+        found.append("prediction_type=v (epsilon and sample can be expressed)")
+    return found
+
+
 def latent_diffusion_config(
     *,
     unet: Mapping[str, Any],
@@ -319,21 +353,9 @@ def latent_diffusion_config(
     Raises:
         ValueError: if the released code can't express the schedule or the prediction.
     """
-    function, ours = schedule
-    schedules: dict[str, Callable[[], dict[str, Any]]] = {
-        "linear": lambda: {"linear_start": ours["beta_start"], "linear_end": ours["beta_end"]},
-        "cosine": lambda: {"beta_schedule": "cosine", "cosine_s": ours["offset"]},
-        "power": lambda: {
-            "beta_schedule": {1.0: "sqrt_linear", 0.5: "sqrt"}[ours["exponent"]],
-            "linear_start": ours["start"],
-            "linear_end": ours["end"],
-        },
-    }
-    told = {"timesteps": ours["num_timesteps"]} | schedules[function]() if function in schedules else {}
-    if not told or schedule_arguments(told) != (function, {k: v for k, v in ours.items() if v is not False}):
-        refuse_inexpressible([f"the noise schedule {function} with {ours}"])
-    if prediction_type == "v":
-        refuse_inexpressible(["prediction_type=v (epsilon and sample can be expressed)"])
+    refuse_inexpressible(process_differences(schedule, prediction_type))
+    told = official_schedule(schedule)
+    assert told is not None
     c, t, h, w = window
     conditioning = {
         "conditioning_key": "concat-adm-mask",

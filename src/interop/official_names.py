@@ -1,6 +1,6 @@
 """Where the released LVDM code keeps each tensor of our networks: its keys, its shapes, and its doubles."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -181,11 +181,15 @@ def official_shape(layer: nn.Module, name: str, tensor: Tensor) -> tuple[int, ..
 def load(
     network: nn.Module, names: Names, state: Mapping[str, Tensor], prefix: str, ignored: str | None = None
 ) -> None:
-    """Fills the network with copies of official weights; raises ValueError as `refuse_misfit` does."""
+    """Fills the network with copies of official weights, in single precision whatever the file's was.
+
+    Raises ValueError as `refuse_misfit` does.
+    """
     refuse_misfit(names, state, prefix, ignored)
     ours = network.state_dict()
     weights = {
-        mine: state[prefix + name.key].reshape(ours[mine].shape).clone() for mine, name in names.items()
+        mine: state[prefix + name.key].reshape(ours[mine].shape).to(ours[mine].dtype, copy=True)
+        for mine, name in names.items()
     }
     # What is ours alone (an autoencoder's latent moments) keeps its value.
     network.load_state_dict({k: v for k, v in ours.items() if k not in names} | weights, assign=True)
@@ -215,9 +219,17 @@ def refuse_misfit(names: Names, state: Mapping[str, Tensor], prefix: str, ignore
     torn = [twin for twin, key in doubled if differ(found[twin], found[key])]
     if missing or extra or shapes or torn:
         raise ValueError(
-            f"the weights under prefix {prefix!r} don't fit the config: missing {missing}, "
-            f"left over {extra}, of another shape {shapes}, unlike the tensor that they double {torn}"
+            f"the weights under prefix {prefix!r} don't fit the config: missing {listed(missing)}, "
+            f"left over {listed(extra)}, of another shape {listed(shapes)}, "
+            f"unlike the tensor that they double {listed(torn)}"
         )
+
+
+def listed(keys: Sequence[str], most: int = 20) -> str:
+    """Keys for a message; of a very long list the beginning and the number."""
+    if len(keys) <= most:
+        return str(list(keys))
+    return f"{str(list(keys[:most]))[:-1]}, …] ({len(keys)} in all)"
 
 
 def differ(one: Tensor, other: Tensor) -> bool:

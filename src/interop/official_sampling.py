@@ -188,17 +188,24 @@ def last(steps: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def given_frames(
-    model: OfficialLatentDiffusion, latents: Tensor, where: list[int], noise: Tensor, level: int
+    model: OfficialLatentDiffusion,
+    latents: Tensor,
+    where: list[int],
+    noise: Tensor,
+    level: int,
+    num_frames: int | None = None,
 ) -> Given:
     """Given latents `b c n h w` at these n frames of a window, noised to the level (`noise` has their shape).
 
-    Conditional latent perturbation, He et al. 2022, section 3.4.
+    The window has `num_frames` latent frames, or as many as the model was trained with. Conditional latent
+    perturbation, He et al. 2022, section 3.4.
     """
+    t = model.window[1] if num_frames is None else num_frames
     b, c, _, h, w = latents.shape
     levels = torch.full((b,), level, device=latents.device)
-    window = latents.new_zeros(b, c, model.window[1], h, w)
+    window = latents.new_zeros(b, c, t, h, w)
     window[:, :, where] = model.parameterization.add_noise(latents, noise, levels)
-    frames = latents.new_zeros(b, 1, model.window[1], h, w)
+    frames = latents.new_zeros(b, 1, t, h, w)
     frames[:, :, where] = 1.0
     return Given(window, frames, frames, levels)
 
@@ -236,7 +243,8 @@ def extend_by_autoregression(
     video = window(OfficialSampler(model), None)
     for _ in range(num_extensions):
         tail = video[:, :, -num_given:]
-        given = given_frames(model, tail, list(range(num_given)), draw(tuple(tail.shape)), noise_level)
+        noise = draw(tuple(tail.shape))
+        given = given_frames(model, tail, list(range(num_given)), noise, noise_level, shape[2])
         if model.compatibility.every_frame_marked:
             given = replace(given, told=torch.ones_like(given.told))
         video = torch.cat([video, window(sampler, given)[:, :, num_given:]], dim=2)
@@ -251,19 +259,21 @@ def fill_gaps(
     noise_level: int,
     num_sampling_steps: int,
     eta: float = 0.0,
+    num_frames: int | None = None,
 ) -> Tensor:
     """Latents between key latents `b c k h w`: each key, what is made after it, and the last right key.
 
-    `draw` is asked in turn for the perturbation of the two keys and the start noise of each gap.
+    `draw` is asked in turn for the perturbation of the two keys and the start noise of each gap, whose window
+    has `num_frames` latent frames, or as many as the model was trained with.
     """
     model = sampler.model
     b, c, k, h, w = keys.shape
-    t = model.window[1]
+    t = model.window[1] if num_frames is None else num_frames
     num_gaps = len(range(0, k - 3, 3)) if model.compatibility.gaps_skipped else k - 1
     pieces = []
     for gap in range(num_gaps):
         ends = keys[:, :, gap : gap + 2]
-        given = given_frames(model, ends, [0, t - 1], draw(tuple(ends.shape)), noise_level)
+        given = given_frames(model, ends, [0, t - 1], draw(tuple(ends.shape)), noise_level, t)
         shape = (b, c, t, h, w)
         steps = sampler.ddim(
             draw(shape),

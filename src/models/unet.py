@@ -335,7 +335,8 @@ class UNet3d(nn.Module):
         if noise_level is not None:
             expect_shape("noise_level", noise_level, (b,))
             # On an accelerator a look at the values would make the host wait in every step.
-            if not self.num_noise_levels and not noise_level.is_cuda and bool((noise_level >= 0).any()):
+            readable = not noise_level.is_cuda and not torch.compiler.is_compiling()
+            if not self.num_noise_levels and readable and bool((noise_level >= 0).any()):
                 raise ValueError(
                     "a noise level was told to a network with num_noise_levels=0; pass -1 or None"
                 )

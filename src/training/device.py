@@ -45,6 +45,10 @@ def make_accelerator(
         raise ValueError(f"unknown machine.precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError(
+            "machine.precision=fp16 needs a GPU, and there is none; use machine.precision=auto or no"
+        )
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

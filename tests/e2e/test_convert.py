@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from src.convert import export, import_checkpoint
+from src.convert import export, import_checkpoint, plain_of
 from src.interop import official, official_configs
 from src.interop.checkpoint_file import read_checkpoint
 from src.model_folder import load_autoencoder, load_diffusion
@@ -53,8 +54,14 @@ def released(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hyper_parameters": OmegaConf.create({"learning_rate": 6e-5, "of": "${learning_rate}"}),
     }
     torch.save(content, folder / "model.ckpt")
-    told = {key: value for key, value in case.config.items() if key in ("target", "params")}
-    OmegaConf.save(OmegaConf.create({"model": told, "lightning": {"trainer": {}}}), folder / "model.yaml")
+    told: Any = deepcopy({key: case.config[key] for key in ("target", "params")})
+    # As in the released files: what the command line fills in, what is said though it is the default.
+    parts = told["params"]
+    parts["unet_config"]["params"] |= {"use_temporal_transformer": False, "use_checkpoint": True}
+    parts["first_stage_config"]["params"]["ckpt_path"] = "${ckpt_path}"
+    data = {"params": {"train": {"params": {"data_root": "${data_root}", "frame_stride": 2}}}}
+    whole = OmegaConf.create({"model": told, "data": data, "lightning": {"trainer": {}}})
+    OmegaConf.save(whole, folder / "model.yaml")
     return folder
 
 
@@ -73,9 +80,8 @@ def verb(name: str, *arguments: str, cwd: Path, check: bool = True) -> subproces
 
 
 def converted(released: Path, folder: Path, use_ema: bool = True) -> Path:
-    described = OmegaConf.to_container(OmegaConf.load(released / "model.yaml"))
-    assert isinstance(described, dict)
-    import_checkpoint(released / "model.ckpt", described, folder, use_ema)  # type: ignore[arg-type]
+    described = plain_of(OmegaConf.load(released / "model.yaml"))
+    import_checkpoint(released / "model.ckpt", described, folder, use_ema)
     return folder
 
 
@@ -99,6 +105,7 @@ def test_the_model_folder_computes_what_the_checkpoint_did(
     )
     assert model.window == (4, 4, 8, 8) and model.step == 4321
     assert (model.data.num_frames, model.data.resolution) == (8, [16, 16])
+    assert model.data.frame_stride == 2
 
 
 def test_the_verbs_take_it_as_one_of_ours(case: Case, released: Path, tmp_path: Path) -> None:
@@ -122,7 +129,7 @@ def test_the_verbs_take_it_as_one_of_ours(case: Case, released: Path, tmp_path: 
     architecture = [
         "unet=tiny", "unet.model_channels=32", "unet.channel_mult=[1,1]", "unet.attention_downsamples=[2]",
         "unet.num_heads=2", "unet.norm_groups=32", "unet.attention.max_distance=4",
-        "unet.attention.relative_position_as_released=true",
+        "unet.attention.relative_position_as_released=true", "unet.checkpoint=true",
     ]  # fmt: skip
     run = [
         "+experiment=tiny", "name=tuned", *data, "dataset.num_frames=8", "dataset.resolution=16",
@@ -157,6 +164,33 @@ def converted_again(folder: Path) -> Path:
     described: Any = OmegaConf.to_container(OmegaConf.load(folder / "back.yaml"))
     import_checkpoint(folder / "back.ckpt", described, folder / "again", use_ema=True)
     return folder / "again"
+
+
+def test_windows_shorter_than_the_attentions_tables_stay_short(released: Path, tmp_path: Path) -> None:
+    described = plain_of(OmegaConf.load(released / "model.yaml"))
+    state, _ = read_checkpoint(released / "model.ckpt")
+    wider = {k: torch.randn(33, v.shape[1]) for k, v in state.items() if k.endswith("embeddings_table")}
+    torch.save({"state_dict": state | wider}, tmp_path / "wide.ckpt")
+    described["model"]["params"]["unet_config"]["params"]["temporal_length"] = 16
+    import_checkpoint(tmp_path / "wide.ckpt", described, tmp_path / "model", use_ema=False)
+    export(tmp_path / "model", tmp_path / "back.ckpt")
+    again = converted_again(tmp_path)
+    assert (again / "config.yaml").read_bytes() == (tmp_path / "model/config.yaml").read_bytes()
+    assert load_diffusion(str(again)).window == (4, 4, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_another_precision_come_in_single(
+    released: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    state, _ = read_checkpoint(released / "model.ckpt")
+    cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    torch.save({f"module.{k}": v for k, v in cast.items()}, tmp_path / "cast.ckpt")
+    described = plain_of(OmegaConf.load(released / "model.yaml"))
+    import_checkpoint(tmp_path / "cast.ckpt", described, tmp_path / "model", use_ema=False)
+    weight = load_file(tmp_path / "model/weights.safetensors")["time_embedding.0.weight"]
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, cast["model.diffusion_model.time_embed.0.weight"].float())
 
 
 def test_an_autoencoder_alone(case: Case, tmp_path: Path) -> None:
@@ -220,6 +254,23 @@ Broken = Callable[[dict[str, Tensor]], dict[str, Tensor]]
             r"missing \['model_ema\.diffusion_modelout2weight'\]",
         ),
         (lambda s: s | {"betas": s["betas"] * 1.1}, "betas isn't that of its config's schedule"),
+        (lambda s: s | {"betas": s["betas"].half() * 1.1}, "betas isn't that of its config's schedule"),
+        (
+            lambda s: {k: v for k, v in s.items() if not k.startswith("model_ema.")},
+            r"averaged weights .* missing: take the raw ones with use_ema=false",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if k.startswith("first_stage_model.")},
+            "no diffusion model, perhaps an autoencoder, the config describes a whole latent diffusion model",
+        ),
+        (
+            lambda s: s | {"model.diffusion_model.out.2.bias": torch.full((4,), torch.nan)},
+            r"aren't finite, in 1 of \d+ tensors \(first model.diffusion_model.out.2.bias\)",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if "diffusion_model.middle_block" not in k},
+            r"missing \['middle_block.*, …\] \(\d\d in all\)",
+        ),
         (
             lambda s: {k: v for k, v in s.items() if k != "first_stage_model.quant_conv.conv.bias"},
             r"missing \['quant_conv\.conv\.bias'\]",
@@ -238,7 +289,7 @@ def test_a_checkpoint_that_doesnt_fit_is_refused(
 ) -> None:
     state, _ = read_checkpoint(released / "model.ckpt")
     torch.save({"state_dict": damage(state)}, tmp_path / "broken.ckpt")
-    described: Any = OmegaConf.to_container(OmegaConf.load(released / "model.yaml"))
+    described = plain_of(OmegaConf.load(released / "model.yaml"))
     with pytest.raises(ValueError, match=complaint):
         import_checkpoint(tmp_path / "broken.ckpt", described, tmp_path / "model", use_ema=True)
     assert not (tmp_path / "model").exists()
@@ -253,9 +304,29 @@ def test_a_checkpoint_that_doesnt_fit_is_refused(
         (["checkpoint=x.ckpt", "output=out", "config=none.yaml"], "no file at config=none.yaml"),
         (["checkpoint=x.ckpt", "output=out", "direction=back"], "choose import or export"),
         (["checkpoint=none", "output=out.ckpt", "direction=export"], "no model at none"),
+        (["checkpoint=none", "output=out", "direction=export", "use_ema=false"], "leave use_ema away"),
+        (["checkpoint=x.ckpt", "output=", "preset=short_sky"], "output= is empty"),
     ],
 )
 def test_what_is_asked_wrongly_is_told(tmp_path: Path, arguments: list[str], complaint: str) -> None:
+    result = verb("convert", *arguments, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and complaint in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("yaml", "complaint"),
+    [
+        ("model: x", "describes no model"),
+        ("", "describes no model"),
+        ("[1, 2]", "describes no model"),
+        ("model: {params: {embed_dim: 4, ddconfig: {z_channels: 4}}}", "can't be understood"),
+        ("model: {params: {embed_dim: abc, ddconfig: 3}}", "can't be understood"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_told(tmp_path: Path, yaml: str, complaint: str) -> None:
+    (tmp_path / "model.yaml").write_text(yaml)
+    torch.save({"state_dict": {"encoder.x": torch.zeros(1)}}, tmp_path / "x.ckpt")
+    arguments = ["checkpoint=x.ckpt", "config=model.yaml", "output=out"]
     result = verb("convert", *arguments, cwd=tmp_path, check=False)
     assert result.returncode == 2 and complaint in result.stderr and "Traceback" not in result.stderr
 

@@ -284,7 +284,8 @@ def latent_diffusion(case: Case) -> Compute:
     sampling = config.get("sampling", {})
     told_steps = re.search(r"S=(\d+)", case.notes)
     num_steps = sampling["S"] if "S" in sampling else int(told_steps[1]) if told_steps else 0
-    window_frames = raw.window[1]
+    # The released scripts sample as many frames as their noise has, whatever a training clip had.
+    num_frames = given["x_T"].shape[2]
 
     def of_time(values: Tensor, like: Tensor) -> Tensor:
         return values[given["t"]].reshape(-1, *[1] * (like.ndim - 1))
@@ -362,10 +363,10 @@ def latent_diffusion(case: Case) -> Compute:
     def condition() -> Given | None:
         if "prev" in given:
             where = list(range(given["prev"].shape[2]))
-            return given_frames(raw, given["prev"], where, given["cond_noise"], sampling["level"])
+            return given_frames(raw, given["prev"], where, given["cond_noise"], sampling["level"], num_frames)
         if "ends" in given:
-            ends = [0, window_frames - 1]
-            return given_frames(raw, given["ends"], ends, given["cond_noise"], sampling["level"])
+            ends = [0, num_frames - 1]
+            return given_frames(raw, given["ends"], ends, given["cond_noise"], sampling["level"], num_frames)
         return None
 
     def ddim(form: str | None, eta: float, model: OfficialLatentDiffusion) -> list[tuple[Tensor, Tensor]]:
@@ -453,7 +454,7 @@ def latent_diffusion(case: Case) -> Compute:
         return extend_by_autoregression(
             OfficialSampler(model, guidance_scale_of(ar["uc_type"], ar["uncond_scale"])),
             tape("ar."),
-            shape=(1, *raw.window),
+            shape=given["ar.randn.00"].shape,  # type: ignore[arg-type]
             num_extensions=ar["n_pred_steps"],
             num_given=ar["T_cond"],
             noise_level=ar["sample_cond_noise_level"],
@@ -472,6 +473,7 @@ def latent_diffusion(case: Case) -> Compute:
             noise_level=told["sample_cond_noise_level"],
             num_sampling_steps=told["ddim_steps"],
             eta=told["eta"],
+            num_frames=num_frames,
         )
 
     def posterior_mean(sample: Tensor, noisy: Tensor) -> Tensor:

@@ -45,7 +45,9 @@ def prediction(case: Case) -> tuple[OfficialLatentDiffusion, Given]:
     model = latent_diffusion_from_official(case.whole_state, case.config, use_ema=False)
     where = list(range(case.inputs["prev"].shape[2]))
     level = case.config["sampling"]["level"]
-    return model, given_frames(model, case.inputs["prev"], where, case.inputs["cond_noise"], level)
+    return model, given_frames(
+        model, case.inputs["prev"], where, case.inputs["cond_noise"], level, case.inputs["x_T"].shape[2]
+    )
 
 
 def recorded_guidance(case: Case) -> tuple[str, float]:
@@ -108,9 +110,8 @@ def test_guided_prediction(golden: Golden, fault: str) -> None:
         "unconditional_without_level": model.unet(overwritten, times, noise_level=given.level),
     }[fault]
     assert not torch.equal(mended, released)
-    sampled = [OfficialSampler(m, 0.0).predict(noise, times, given)[1] for m in (model, without(model, fault))]
-    assert torch.equal(sampled[0], released)
-    assert torch.equal(sampled[1], mended)
+    for sampled, expected in ((model, released), (without(model, fault), mended)):
+        assert torch.equal(OfficialSampler(sampled, 0.0).predict(noise, times, given)[1], expected)
 
 
 @torch.no_grad()
@@ -169,8 +170,9 @@ def test_gaps_skipped(golden: Golden) -> None:
         noise_level=told["sample_cond_noise_level"],
         num_sampling_steps=told["ddim_steps"],
         eta=told["eta"],
+        num_frames=case.inputs["x_T"].shape[2],
     )
-    between = model.window[1] - 1
+    between = case.inputs["x_T"].shape[2] - 1
     assert mended.shape[2] == (keys.shape[2] - 1) * between + 1
     assert torch.equal(mended[:, :, ::between], keys)
     shipped = expected.shape[2] - 1

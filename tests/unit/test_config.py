@@ -10,6 +10,7 @@ from src.config import (
     ConfigError,
     TrainConfig,
     TrainSettings,
+    _meant,
     build,
     check,
     claim_run_folder,
@@ -29,12 +30,28 @@ from tests.composing import composed
         ("train.num_steps=many", "train.*num_steps"),
         ("stage.loss=l3", "stage.loss=l3 is unknown; choose one of l2, l1"),
         ("name=???", "no value for name"),
+        ("class_conditional=nah", "class_conditional must be bool or null, got 'nah'"),
         ("unet._target_=.models.unet.Unet", "can't be found"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(composed("train", "+experiment=tiny", override), TrainConfig)
+
+
+@pytest.mark.parametrize(
+    "override, meant",
+    [
+        ("train.num_stepss=4", "Did you mean train.num_steps"),
+        ("attenton=joint", "Did you mean attention"),
+        ("name=a=b", """quoted twice: 'name="a=b"'"""),
+        ("attention=null", "attention is a group of options; leave it away"),
+        ("seed=3", ""),
+    ],
+)
+def test_what_hydra_refuses_is_explained(override: str, meant: str) -> None:
+    hint = _meant("train", ["-m", "+experiment=tiny", override])
+    assert meant in hint and bool(meant) == bool(hint)
 
 
 def test_plumbing_is_typed() -> None:
