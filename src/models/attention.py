@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import GroupNorm, zero_initialized
+from .layers import GroupNorm, Linear, zero_initialized
 
 View = Literal["spatial", "temporal", "joint"]
 
@@ -103,8 +103,8 @@ class AttentionView(nn.Module):
         self.num_heads = num_heads
         self.tokens = tokens
         self.norm = GroupNorm(norm_groups, channels, eps=1e-5)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = zero_initialized(nn.Linear(channels, channels))
+        self.qkv = Linear(channels, 3 * channels)
+        self.out = zero_initialized(Linear(channels, channels))
         self.relative: RelativePosition | None = None
         if max_distance is not None:
             self.relative = RelativePosition(channels // num_heads, max_distance, as_released)

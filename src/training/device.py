@@ -94,8 +94,9 @@ def make_accelerator(
 
 
 def pick_device() -> torch.device:
-    """The GPU of this process if there is one, else the CPU."""
+    """The GPU of this process if there is one, else the CPU, whose memory the process then keeps."""
     if not torch.cuda.is_available():
+        keep_freed_memory()
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
