@@ -42,6 +42,9 @@ _ROOT = _HERE if (_HERE / "conf").is_dir() else _HERE.parent
 CONF = _ROOT / "conf"
 EXPERIMENTS = _ROOT / "experiments"
 
+# Exit status of a run that was asked to stop and saved its state: a temporary failure, worth another start.
+INTERRUPTED = 75
+
 _SWEPT = "LATENT_VIDEO_SWEPT_KEYS"
 
 # What may differ when a run is taken up again: lengths, periods, machines; never what is learned.
@@ -52,6 +55,11 @@ HARMLESS = (
     "train.evaluate_every",
     "train.save_every",
     "train.keep_states",
+    "train.keep_every",
+    "train.on_nonfinite",
+    "train.max_skipped",
+    "train.profile",
+    "resume",
     "train.micro_batch_size",
     "train.num_held_out",
     "machine",
@@ -87,6 +95,10 @@ class TrainSettings:
     evaluate_every: int
     save_every: int
     keep_states: int
+    keep_every: int
+    on_nonfinite: str
+    max_skipped: int
+    profile: bool
     num_held_out: int
     num_statistics_clips: int
 
@@ -94,7 +106,11 @@ class TrainSettings:
         least = {"batch_size": 1, "keep_states": 1, "num_held_out": 1, "num_statistics_clips": 1}
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and value < least.get(field.name, 0):
+            if (
+                isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and value < least.get(field.name, 0)
+            ):
                 raise ConfigError(
                     f"train.{field.name} must be at least {least.get(field.name, 0)}, got {value}"
                 )
@@ -115,13 +131,30 @@ class LoggerSettings:
     """The ``logger`` node."""
 
     tensorboard: bool
+    wandb: str | None
 
 
 @dataclass
 class EmaSettings:
-    """The ``ema`` node; a decay of null means no averaging."""
+    """The ``ema`` node: a decay a step, or a half-life in clips; both null means no averaging."""
 
     decay: float | None
+    half_life: float | None
+
+    def per_step(self, batch_size: int) -> float | None:
+        """The decay of one step of so many clips.
+
+        Raises:
+            ConfigError: if both are given, or the half-life isn't positive.
+        """
+        if self.half_life is None:
+            return self.decay
+        if self.decay is not None or self.half_life <= 0:
+            raise ConfigError(
+                f"ema.decay={self.decay}, ema.half_life={self.half_life}: give one of them, and a half-life "
+                "above 0"
+            )
+        return float(0.5 ** (batch_size / self.half_life))
 
 
 @dataclass
@@ -163,6 +196,7 @@ class TrainConfig:
     class_conditional: bool | None = None
     sampler: Any = None
     start_from: str | None = None
+    resume: str = "auto"
     latents: str | None = None
     autoencoder_from: str | None = None
     clips_per_video: int = 1
@@ -276,6 +310,9 @@ def verb(config_name: str, schema: type) -> Callable[[Callable[[DictConfig], Non
             except KeyboardInterrupt:
                 print("\ninterrupted; the same command goes on from the last saved state", file=sys.stderr)
                 sys.exit(130)
+            except _interrupted() as stop:
+                print(f"\n{stop}", file=sys.stderr)
+                sys.exit(INTERRUPTED)
             except _mendable() as error:
                 print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
                 sys.exit(2)
@@ -300,10 +337,16 @@ def verb(config_name: str, schema: type) -> Callable[[Callable[[DictConfig], Non
     return decorate
 
 
+def _interrupted() -> type[BaseException]:
+    from .training.interruption import Interrupted
+
+    return Interrupted
+
+
 def _mendable() -> tuple[type[BaseException], ...]:
     """Errors that name what the user can mend. Bugs (TypeError, AssertionError, …) keep their traceback."""
     from .data.video import VideoError
-    from .training.loop import NonFiniteError
+    from .training.numbers import NonFiniteError
 
     return (ValueError, OSError, ImportError, OmegaConfBaseException, VideoError, NonFiniteError)
 
@@ -549,6 +592,14 @@ def difference(old: Any, new: Any, path: str = "") -> list[str]:
             lines += difference(old.get(key, "(none)"), new.get(key, "(none)"), below)
         return lines
     return [] if old == new else [f"  {path}: {old} -> {new}"]
+
+
+def flat(node: Any, path: str = "") -> dict[str, Any]:
+    """A plain config by dotted keys."""
+    if not isinstance(node, dict):
+        return {path: node}
+    below = [flat(value, f"{path}.{key}".lstrip(".")) for key, value in node.items()]
+    return {key: value for part in below for key, value in part.items()}
 
 
 def run_folder(cfg: DictConfig) -> Path:

@@ -16,6 +16,7 @@ from .config import (
     TrainSettings,
     build,
     claim_run_folder,
+    flat,
     run_folder,
     typed,
     verb,
@@ -46,6 +47,7 @@ def main(cfg: DictConfig) -> None:
     from .data.sampler import Batch, LatentBatch, PositionSampler, batches, held_out_batches
     from .training.device import compile_in_place, make_accelerator
     from .training.loop import LoopSettings, train
+    from .training.tracker import Tracker
 
     settings: TrainSettings = typed(cfg, "train", TrainSettings)
     machine: MachineSettings = typed(cfg, "machine", MachineSettings)
@@ -118,6 +120,10 @@ def main(cfg: DictConfig) -> None:
             device=accelerator.device,
         )
 
+    def clips_of(step: int) -> list[str]:
+        first = (step - 1) * settings.batch_size
+        return [source.describe(position) for position in range(first, first + settings.batch_size)]
+
     optimizers = {
         name: build(cfg.optimizer)([p for p in module.parameters() if p.requires_grad])
         for name, module in stage.modules.items()
@@ -139,14 +145,23 @@ def main(cfg: DictConfig) -> None:
         held_out=held_out_clips,
         statistics=statistics,
         export=partial(save_model, folder / "model"),
-        ema_decay=averages.decay,
+        ema_decay=averages.per_step(settings.batch_size),
+        clips_of=clips_of,
         settings=LoopSettings(
             **{name: getattr(settings, name) for name in LoopSettings.__dataclass_fields__}
         ),
         accelerator=accelerator,
         folder=folder,
-        fps=dataset.fps,
-        tensorboard=logger.tensorboard,
+        resume=cfg.resume,
+        batch_size=settings.batch_size,
+        tracker=lambda step: Tracker(
+            folder,
+            step,
+            dataset.fps,
+            tensorboard=logger.tensorboard,
+            wandb=logger.wandb,
+            settings=flat(_plain(cfg)),
+        ),
         seed=cfg.seed,
     )
     accelerator.print(f"model: {folder / 'model'}")

@@ -309,6 +309,10 @@ class ClipDataset(Dataset[dict[str, Any]]):
             entry.path, f"{NUM_ATTEMPTS} videos in a row can't be read; is the disk still there?"
         )
 
+    def describe(self, position: int) -> str:
+        """Name the video at a position, for messages."""
+        return self.entries[self._order.item(position)].path
+
     def held_out(self, index: int) -> dict[str, Any]:
         """Give the clip from the middle of video ``index``, unflipped; if it is broken, the next video's."""
         for attempt in range(NUM_ATTEMPTS):

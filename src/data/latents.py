@@ -163,6 +163,10 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, position: int) -> dict[str, Any]:
         return self._clip(self._order.item(position)) | {"position": position}
 
+    def describe(self, position: int) -> str:
+        """Name the clip at a position, for messages."""
+        return f"latents {self._order.item(position)} of {self.folder}"
+
     def held_out(self, index: int) -> dict[str, Any]:
         """Give clip ``index`` in the order of encoding."""
         return self._clip(index) | {"position": index}

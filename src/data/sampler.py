@@ -6,6 +6,7 @@ draws: only the step counter has to be remembered.
 """
 
 import hashlib
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -205,8 +206,12 @@ def to_batch(collated: dict[str, Tensor], device: torch.device | str) -> Batch |
     return LatentBatch(moved["mean"], moved["std"], moved["label"], moved["position"])
 
 
-def _use_one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    # A signal to the whole group of processes asks the run to finish its step, which needs its workers; they
+    # end with the process that started them.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches(
@@ -222,7 +227,7 @@ def batches(
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,
-        worker_init_fn=_use_one_thread,
+        worker_init_fn=_start_worker,
         pin_memory=torch.device(device).type == "cuda",
         # A generator of its own: the loader would otherwise draw from, and so disturb, the global one.
         generator=torch.Generator().manual_seed(0),

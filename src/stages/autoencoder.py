@@ -81,6 +81,7 @@ class AutoencoderStage:
         self.seed = seed
         self.mean_over_processes = mean_over_processes
         self._step_of_sums: int | None = None
+        self.gradient_norms: dict[str, Tensor] = {}
         self.running: dict[str, Tensor] = {}
         if discriminator is not None:
             last = autoencoder.last_layer
@@ -120,6 +121,7 @@ class AutoencoderStage:
             self.discriminator.requires_grad_(True)
             weight = self._adaptive_weight(loss, opinion, bare.last_layer, step)
             metrics["adversarial"], metrics["adaptive_weight"] = opinion.detach(), weight
+            metrics |= {f"gradient_norm_of/{name}": norm for name, norm in self.gradient_norms.items()}
             loss = loss + self.adversarial_weight * weight * opinion
         kl = posterior.kl().mean() / noise[0].numel()
         metrics["kl"] = kl.detach()
@@ -143,9 +145,12 @@ class AutoencoderStage:
             if self._step_of_sums >= 0:
                 means = self.mean_over_processes(sums) / running["num_micro_batches"]
                 norms = means.flatten(1).norm(dim=1)
-                running["adaptive_weight"] = (norms[0] / (norms[1] + 1e-4)).clamp_max(
-                    self.max_adaptive_weight
+                weight = (norms[0] / (norms[1] + 1e-4)).clamp_max(self.max_adaptive_weight)
+                # A step that wasn't finite, and was skipped, leaves the weight as it was.
+                running["adaptive_weight"] = torch.where(
+                    weight.isfinite(), weight, running["adaptive_weight"]
                 )
+                self.gradient_norms = {"reconstruction": norms[0], "adversarial": norms[1]}
             running["reconstruction_gradient"] = torch.zeros_like(sums[0])
             running["adversarial_gradient"] = torch.zeros_like(sums[1])
             running["num_micro_batches"] = torch.zeros_like(running["num_micro_batches"])

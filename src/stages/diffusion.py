@@ -18,6 +18,10 @@ LossWeighting = Callable[[Parameterization], Tensor]
 """Weights of the loss at each time, ``(num_timesteps,)``, for a schedule and what is predicted."""
 
 
+# The schedule is split into so many parts whose losses are told apart.
+NUM_BINS = 4
+
+
 class DiffusionStage:
     """Denoising of latents of a frozen autoencoder.
 
@@ -139,7 +143,15 @@ class DiffusionStage:
             weights=self.weights,
             given_noise=perturbation if self.given_frames_in_loss else None,
         )
-        yield Update("unet", loss.mean(), {})
+        yield Update("unet", loss.mean(), self.by_time(loss.detach(), timesteps))
+
+    def by_time(self, losses: Tensor, timesteps: Tensor) -> dict[str, Tensor]:
+        """Sum and count of clips' losses in each quarter of the schedule, as pairs."""
+        num = self.parameterization.num_timesteps
+        quarters = torch.arange(NUM_BINS, device=timesteps.device)[:, None] == timesteps * NUM_BINS // num
+        pairs = torch.stack([(quarters * losses).sum(1), quarters.sum(1)], dim=1)
+        edges = [num * i // NUM_BINS for i in range(NUM_BINS + 1)]
+        return {f"loss_at/{edges[i]:04d}-{edges[i + 1] - 1:04d}": pairs[i] for i in range(NUM_BINS)}
 
     @torch.no_grad()
     def preview(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:

@@ -18,7 +18,8 @@ class Update:
     Args:
         name: the trained module that the loss is for; only its optimizer steps.
         loss: scalar, the mean over clips.
-        metrics: scalars worth logging, detached and still on the device.
+        metrics: worth logging, detached and still on the device: scalars, whose means over steps are told, or
+            pairs of sum and count, whose ratio is.
     """
 
     name: str

@@ -33,8 +33,10 @@ class State:
     progress: dict[str, Any] = field(default_factory=dict)
 
 
-def save(folder: Path, state: State, keep: int) -> Path:
+def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
     """Writes the state as ``folder/step_XXXXXXXXX`` and removes all but the last ``keep`` states.
+
+    States of steps that are a multiple of ``keep_every`` stay, too (0: none).
 
     The folder appears under its name only when all its files are on the disk; an interruption at any
     moment leaves the earlier states as they were.
@@ -60,7 +62,8 @@ def save(folder: Path, state: State, keep: int) -> Path:
         }
         write_json(part / "state.json", description)
     for old in list_states(folder)[:-keep]:
-        shutil.rmtree(old)
+        if not (keep_every and int(old.name.removeprefix("step_")) % keep_every == 0):
+            shutil.rmtree(old)
     return target
 
 

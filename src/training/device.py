@@ -1,12 +1,14 @@
 """Which device, how many processes, what precision; what of a machine helps and what must be distrusted."""
 
 import ctypes
+import itertools
 import math
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -52,6 +54,7 @@ def make_accelerator(
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    refuse_broken_launch()
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(
             f"train.batch_size={batch_size} is the global batch and must be a multiple of the "
@@ -91,6 +94,34 @@ def make_accelerator(
         )
     check_half_precision(accelerator.device, precision)
     return accelerator, micro_batch_size
+
+
+def refuse_broken_launch() -> None:
+    """Refuses launches of which something else would become than was asked for.
+
+    Raises:
+        ValueError: if ``accelerate launch`` was told several processes and started one (on CPUs it does so
+            without a word), or was told to shard the model, which this loop doesn't do.
+    """
+    for flag, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(flag, "false").lower() in ("1", "true"):
+            raise ValueError(
+                f"accelerate's config asks for {what}, which shards a model over processes; here each "
+                "process holds the whole model (data parallelism). Launch without it"
+            )
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:  # not Linux
+        return
+    told = [
+        value for key, value in itertools.pairwise(command) if key in ("--num_processes", "--num-processes")
+    ]
+    launches = "launch" in command and any(Path(part).name == "accelerate" for part in command)
+    if launches and told and told[0].isdigit() and int(told[0]) > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"accelerate launch was told {told[0]} processes and started one, as it does on CPUs; use "
+            f"torchrun --standalone --nproc_per_node {told[0]} -m src.train …"
+        )
 
 
 def pick_device() -> torch.device:

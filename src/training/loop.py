@@ -1,24 +1,29 @@
 """The training loop: any stage, any number of processes, one integer of progress."""
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.profiler import profile, schedule
 
 from ..data.sampler import Batch, LatentBatch, derive_seed
 from ..stages.stage import Stage
 from . import checkpoint
+from .console import Console
 from .ema import Ema
+from .interruption import Interrupted, StopRequests
 from .learning_rate import learning_rate_factor
+from .numbers import Pending
 from .tracker import Tracker
+
+Resume = Literal["auto", "must", "never"]
 
 
 @dataclass
@@ -35,6 +40,10 @@ class LoopSettings:
         evaluate_every: numbers on held-out clips.
         save_every: training state, and the model folder with it.
         keep_states: how many of the last states stay.
+        keep_every: states of these steps stay, too.
+        on_nonfinite: ``stop`` at a number that isn't finite, or ``skip`` the step and count it.
+        max_skipped: how many steps may be skipped.
+        profile: whether a few steps are traced for TensorBoard or Perfetto.
     """
 
     num_steps: int
@@ -46,46 +55,19 @@ class LoopSettings:
     evaluate_every: int
     save_every: int
     keep_states: int
+    keep_every: int
+    on_nonfinite: Literal["stop", "skip"]
+    max_skipped: int
+    profile: bool
+
+    def __post_init__(self) -> None:
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"unknown train.on_nonfinite {self.on_nonfinite!r}; choose stop or skip")
 
 
 def every(step: int, period: int) -> bool:
     """Whether something periodic is due after this step."""
     return period > 0 and step % period == 0
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient was not a finite number."""
-
-
-class _Pending:
-    """Numbers of the steps since the last row; they stay on the device until they are read together."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[int, str, dict[str, Tensor]]] = []
-
-    def add(self, step: int, module: str, numbers: dict[str, Tensor]) -> None:
-        self.steps.append((step, module, numbers))
-
-    def read(self, mean_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means by name over the steps, the processes and the micro-batches; refuses non-finite ones."""
-        if not self.steps:
-            return {}
-        values = mean_over_processes(
-            torch.stack([value.float() for _, _, numbers in self.steps for value in numbers.values()])
-        ).tolist()
-        sums: dict[str, list[float]] = {}
-        where = iter(values)
-        for step, module, numbers in self.steps:
-            for name in numbers:
-                value = next(where)
-                if not math.isfinite(value):
-                    raise NonFiniteError(
-                        f"{module}/{name} became {value} in step {step}; the last saved state is untouched. "
-                        "Try a lower optimizer.lr, train.clip_norm=1, or machine.precision=no"
-                    )
-                sums.setdefault(f"{module}/{name}", []).append(value)
-        self.steps.clear()
-        return {name: sum(parts) / len(parts) for name, parts in sums.items()}
 
 
 def train(
@@ -95,13 +77,15 @@ def train(
     batches: Callable[[int], Iterator[Batch | LatentBatch]],
     held_out: Callable[[], Iterable[Batch]],
     statistics: Callable[[], Iterable[Batch]],
+    clips_of: Callable[[int], list[str]],
     export: Callable[[nn.Module, int], None],
     ema_decay: float | None,
     settings: LoopSettings,
     accelerator: Accelerator,
     folder: Path,
-    fps: float,
-    tensorboard: bool,
+    resume: Resume,
+    batch_size: int,
+    tracker: Callable[[int], Tracker],
     seed: int,
 ) -> None:
     """Trains a stage, or goes on with it where its folder's last state stopped.
@@ -112,22 +96,28 @@ def train(
         batches: micro-batches of this process from a given step on, endless.
         held_out: clips that aren't trained on, for previews and numbers.
         statistics: training clips for what the stage measures at its end.
+        clips_of: names the clips of a step, counted from 1, for messages.
         export: writes the model folder of a module at a step; called on the main process.
         ema_decay: of the moving averages that previews, numbers and the model folder use; None for none.
         settings: lengths and periods.
         accelerator: devices, precision, gradient accumulation.
         folder: of the run.
-        fps: at which previews play.
-        tensorboard: whether to write TensorBoard files.
+        resume: whether to go on from the folder's last state: ``auto`` (if there is one), ``must`` or
+            ``never``.
+        batch_size: clips of one step, over all processes.
+        tracker: makes what numbers and videos are handed to, from a step on; called on the main process.
         seed: of everything that is random.
 
     Raises:
         NonFiniteError: if a loss or gradient isn't finite; states saved before stay.
+        Interrupted: if a signal asked to stop; the state of the last step is saved.
+        ValueError: if ``resume`` and what is in the folder contradict each other.
     """
 
     def mean_over_processes(values: Tensor) -> Tensor:
         return accelerator.reduce(values, reduction="mean") if accelerator.num_processes > 1 else values
 
+    check_resume(resume, folder)
     # What is trained, and its averages.
     bare = stage.modules
     for module in bare.values():
@@ -143,7 +133,7 @@ def train(
         averages=ema.modules if ema is not None else {},
         optimizers=optimizers,
         running=stage.running,
-        progress={"step": 0, "seconds": 0.0},
+        progress={"step": 0, "seconds": 0.0, "skipped": 0, "pending": {}},
     )
     with accelerator.main_process_first():  # which removes damaged states before the others look
         resumed = checkpoint.load_latest(folder / "state", state, report=accelerator.print)
@@ -167,19 +157,18 @@ def train(
     for name, optimizer in optimizers.items():
         for group, peak in zip(optimizer.param_groups, peak_rates[name], strict=True):
             group["peak_lr"] = peak
+    skips = settings.on_nonfinite == "skip"
+    if skips and scaler is None and not all(o.defaults.get("fused") for o in optimizers.values()):
+        raise ValueError(
+            "train.on_nonfinite=skip leaves out a step on the device, which only fused optimizers can; use "
+            "optimizer.fused=true, or train.on_nonfinite=stop"
+        )
 
     main = accelerator.is_main_process
-    tracker = Tracker(folder, step, fps, tensorboard) if main else None
-    pending = _Pending()
-    bar = tqdm(
-        total=settings.num_steps,
-        initial=step,
-        unit="step",
-        desc=folder.name,
-        disable=not main,
-        file=sys.stdout,
-        mininterval=1.0,
-    )
+    tracks = tracker(step) if main else None
+    pending = Pending(skips, settings.max_skipped, clips_of)
+    pending.num_skipped, pending.totals = state.progress["skipped"], state.progress["pending"]
+    console = Console(folder.name, step, settings.num_steps, batch_size, enabled=main)
     began = time.monotonic()
 
     def seconds() -> float:
@@ -187,23 +176,27 @@ def train(
 
     def log() -> None:
         numbers = pending.read(mean_over_processes)
-        if tracker is not None and numbers:
-            tracker.log(step, {"time": seconds(), **numbers})
-            loss = next(iter(numbers.values()))
-            bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+        if tracks is not None and numbers:
+            rates = {
+                f"learning_rate/{name}": optimizer.param_groups[0]["lr"]
+                for name, optimizer in optimizers.items()
+            }
+            tracks.log(step, {"time": seconds(), **numbers, **rates})
+            tracks.chart(step, console.rates(step))
+            console.show(step, next(iter(numbers.values())))
 
     def look(preview: bool, evaluate: bool) -> None:
-        if tracker is None:
+        if tracks is None:
             return
         for module in bare.values():
             module.eval()
         if preview:
             batch = next(iter(held_out()), None)
             if batch is not None:
-                tracker.videos(step, stage.preview(shown, _first_clips(batch, 8)))
+                tracks.videos(step, stage.preview(shown, _first_clips(batch, 8)))
         if evaluate:
             numbers = stage.evaluate(shown, held_out())
-            tracker.log(step, {"time": seconds()} | {f"held_out/{name}": x for name, x in numbers.items()})
+            tracks.log(step, {"time": seconds()} | {f"held_out/{name}": x for name, x in numbers.items()})
         for module in bare.values():
             module.train()
 
@@ -215,56 +208,80 @@ def train(
         }
         if main:
             state.running = running
-            state.progress = {"step": step, "seconds": seconds()}
+            state.progress = {
+                "step": step,
+                "seconds": seconds(),
+                "skipped": pending.num_skipped,
+                "pending": pending.totals,
+            }
             if scaler is not None:
                 state.progress["scaler"] = scaler.state_dict()
-            checkpoint.save(folder / "state", state, settings.keep_states)
+            checkpoint.save(folder / "state", state, settings.keep_states, settings.keep_every)
         accelerator.wait_for_everyone()
 
     source = batches(step)
-    while step < settings.num_steps:
-        # Each step starts from its own random state, so that dropout survives a resume, too.
-        torch.manual_seed(
-            derive_seed(seed, step * accelerator.num_processes + accelerator.process_index, "step")
-        )
-        factor = learning_rate_factor(
-            step, settings.num_steps, warmup_steps=settings.warmup_steps, decay=settings.decay
-        )
-        for name, optimizer in optimizers.items():
-            for group, peak in zip(optimizer.param_groups, peak_rates[name], strict=True):
-                group["lr"] = peak * factor
+    with StopRequests(accelerator) as requests, _profiler(settings.profile and main, folder) as profiler:
+        while step < settings.num_steps:
+            # Each step starts from its own random state, so that dropout survives a resume, too.
+            torch.manual_seed(
+                derive_seed(seed, step * accelerator.num_processes + accelerator.process_index, "step")
+            )
+            factor = learning_rate_factor(
+                step, settings.num_steps, warmup_steps=settings.warmup_steps, decay=settings.decay
+            )
+            for name, optimizer in optimizers.items():
+                for group, peak in zip(optimizer.param_groups, peak_rates[name], strict=True):
+                    group["lr"] = peak * factor
 
-        synchronized = False
-        while not synchronized:
-            with accelerator.accumulate(*modules.values()):
-                for update in stage.updates(modules, next(source), step):
-                    accelerator.backward(update.loss)
-                    numbers = {"loss": update.loss.detach(), **update.metrics}
-                    if accelerator.sync_gradients:
-                        largest = settings.clip_norm if settings.clip_norm > 0 else math.inf
-                        norm = accelerator.clip_grad_norm_(parameters[update.name], largest)
-                        # With fp16 a norm may overflow: that step is skipped and the loss scale falls.
-                        if norm is not None and scaler is None:
-                            numbers["gradient_norm"] = norm.detach()
-                    prepared[update.name].step()
-                    prepared[update.name].zero_grad()
-                    pending.add(step + 1, update.name, numbers)
-                synchronized = accelerator.sync_gradients
-        step += 1
-        if ema is not None:
-            ema.update(step)
-        bar.update()
+            synchronized = False
+            while not synchronized:
+                with accelerator.accumulate(*modules.values()):
+                    with console.waiting():
+                        batch = next(source)
+                    for update in stage.updates(modules, batch, step):
+                        accelerator.backward(update.loss)
+                        numbers = {"loss": update.loss.detach(), **update.metrics}
+                        if accelerator.sync_gradients:
+                            largest = settings.clip_norm if settings.clip_norm > 0 else math.inf
+                            norm = accelerator.clip_grad_norm_(parameters[update.name], largest)
+                            # With fp16 a norm may overflow: that step is skipped and the loss scale falls.
+                            if norm is not None and scaler is None:
+                                numbers["gradient_norm"] = norm.detach()
+                                if skips:  # which a fused optimizer heeds without telling the host
+                                    optimizers[update.name].found_inf = 1.0 - norm.isfinite().float()  # type: ignore[attr-defined]
+                        prepared[update.name].step()
+                        prepared[update.name].zero_grad()
+                        pending.add(step + 1, update.name, numbers)
+                    synchronized = accelerator.sync_gradients
+            step += 1
+            if ema is not None:
+                ema.update(step)
+            console.advance()
+            if profiler is not None:
+                profiler.step()
 
-        if every(step, settings.log_every):
-            log()
-        if every(step, settings.preview_every) or every(step, settings.evaluate_every):
-            look(every(step, settings.preview_every), every(step, settings.evaluate_every))
-        if every(step, settings.save_every) and step < settings.num_steps:
-            log()
-            save()
+            if every(step, settings.log_every):
+                log()
+            if every(step, settings.preview_every) or every(step, settings.evaluate_every):
+                look(every(step, settings.preview_every), every(step, settings.evaluate_every))
+            saves = every(step, settings.save_every) and step < settings.num_steps
+            if saves:
+                log()
+                save()
+            if requests.agreed() and step < settings.num_steps:
+                if not saves:  # the numbers since the last row go into the state, so that rows don't change
+                    pending.collect(mean_over_processes)
+                    save()
+                console.close()
+                if tracks is not None:
+                    tracks.close()
+                raise Interrupted(
+                    f"stopped by {requests.name} after step {step} of {settings.num_steps}, which is saved "
+                    f"in {folder}; the same command goes on"
+                )
 
     log()
-    bar.close()
+    console.close()
     for module in bare.values():
         module.eval()
     stage.finish(shown, statistics())
@@ -274,8 +291,38 @@ def train(
     if main:
         export(shown[stage.exported], step)
     accelerator.wait_for_everyone()
-    if tracker is not None:
-        tracker.close()
+    if tracks is not None:
+        tracks.finish()
+
+
+def check_resume(resume: Resume, folder: Path) -> None:
+    """Raises ValueError if a run must go on but there is none, or must not and there is one."""
+    if resume not in get_args(Resume):
+        raise ValueError(f"unknown resume {resume!r}; choose one of {', '.join(get_args(Resume))}")
+    states = checkpoint.list_states(folder / "state")
+    if resume == "must" and not states:
+        raise ValueError(f"resume=must, but {folder} holds no state to go on from; use resume=auto to begin")
+    if resume == "never" and states:
+        raise ValueError(
+            f"resume=never, but {folder} holds a run ({states[-1].name}); choose another name=…, remove the "
+            "folder, or use resume=auto to go on with it"
+        )
+
+
+@contextmanager
+def _profiler(enabled: bool, folder: Path) -> Iterator["profile | None"]:
+    """Traces three steps after ten, into ``profile/trace.json`` (Perfetto, or TensorBoard's plug-in)."""
+    if not enabled:
+        yield None
+        return
+
+    def write(profiler: profile) -> None:
+        (folder / "profile").mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(folder / "profile" / "trace.json"))
+
+    plan = schedule(wait=8, warmup=2, active=3, repeat=1)
+    with profile(schedule=plan, on_trace_ready=write, profile_memory=True) as profiler:
+        yield profiler
 
 
 def _first_clips(batch: Batch, count: int) -> Batch:

@@ -1,11 +1,15 @@
 """Where numbers and videos of a run go: ``metrics.jsonl`` for programs, TensorBoard for eyes."""
 
 import json
+import math
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import Summary
+from torch.utils.tensorboard.summary import Summary, hparams
 
 from ..data.storage import atomic_path
 from ..data.transforms import to_frames
@@ -20,17 +24,35 @@ class Tracker:
         step: from which the run goes on; 0 for a new one.
         fps: at which previews play.
         tensorboard: whether TensorBoard files are written beside ``metrics.jsonl``.
+        wandb: project of Weights & Biases that gets the same numbers; None for none. It can't stop a run.
+        settings: the run's settings by dotted key, shown beside its last numbers to compare runs by.
     """
 
-    def __init__(self, folder: Path, step: int, fps: float, tensorboard: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        fps: float,
+        *,
+        tensorboard: bool,
+        wandb: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = folder
         self.fps = fps
         self.path = folder / "metrics.jsonl"
+        self.settings = dict(settings or {})
+        self._last: dict[str, float] = {}
+        folder.mkdir(parents=True, exist_ok=True)
         self._keep_rows_up_to(step)
         self._file = self.path.open("a")
         self._writer = None
         if tensorboard:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+            self._writer.add_custom_scalars(LAYOUT)
+        self._wandb: Any = None
+        if wandb is not None:
+            self._guarded(lambda: self._start_wandb(wandb))
 
     def _keep_rows_up_to(self, step: int) -> None:
         if not self.path.exists():
@@ -43,16 +65,48 @@ class Tracker:
                 continue
             if row["step"] <= step:
                 rows.append(line)
+                self._last |= row
         with atomic_path(self.path) as part:
             part.write_text("".join(f"{row}\n" for row in rows))
+
+    def _start_wandb(self, project: str) -> None:
+        import wandb  # type: ignore[import-not-found, unused-ignore]
+
+        self._wandb = wandb.init(
+            project=project,
+            name=self.folder.name,
+            id=self.folder.name,
+            dir=str(self.folder),
+            config=self.settings,
+            resume="allow",
+        )
+
+    def _guarded(self, action: Callable[[], object]) -> None:
+        """Does something with Weights & Biases; after a failure it is let go, and the run goes on."""
+        try:
+            action()
+        except Exception as error:  # whatever another service does wrong is no reason to lose a run
+            self._wandb = None
+            warnings.warn(f"wandb is switched off: {type(error).__name__}: {error}", stacklevel=3)
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         """Adds one row."""
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
+        self._last |= numbers
         if self._writer is not None:
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._guarded(lambda: self._wandb.log(numbers, step=step))
+
+    def chart(self, step: int, numbers: dict[str, float]) -> None:
+        """Shows numbers that are of the machine, not of the run: they get no row."""
+        if self._writer is not None:
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._guarded(lambda: self._wandb.log(numbers, step=step))
 
     def videos(self, step: int, videos: dict[str, Tensor]) -> None:
         """Saves videos ``b c t h w`` in [-1, 1] as animated WebP, side by side, for TensorBoard, too."""
@@ -76,8 +130,40 @@ class Tracker:
                 value = Summary.Value(tag=title, image=image)
                 self._writer._get_file_writer().add_summary(Summary(value=[value]), step)
 
+    def finish(self) -> None:
+        """Puts the run's settings and last numbers where TensorBoard compares runs, and closes."""
+        if self._writer is not None:
+            plain = {
+                key: value if isinstance(value, bool | int | float | str) else str(value)
+                for key, value in self.settings.items()
+            }
+            shown = {name: value for name, value in self._last.items() if name.startswith("held_out/")}
+            finite = {name: value for name, value in shown.items() if math.isfinite(value)}
+            for summary in hparams(plain, finite):
+                self._writer._get_file_writer().add_summary(summary)
+        self.close()
+
     def close(self) -> None:
         """Flushes everything to the disk."""
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._guarded(lambda: self._wandb.finish())
+
+
+# Charts of TensorBoard's custom scalars: what belongs together, by regular expressions over names.
+LAYOUT = {
+    "Learning": {
+        "losses": ["Multiline", [r"^(unet|autoencoder|discriminator)/loss$"]],
+        "loss by diffusion time": ["Multiline", [r"^unet/loss_at/"]],
+        "gradient norms": ["Multiline", [r"gradient"]],
+        "learning rate": ["Multiline", [r"^learning_rate/"]],
+    },
+    "Held out": {"numbers": ["Multiline", [r"^held_out/"]]},
+    "Machine": {
+        "clips per second": ["Multiline", [r"^speed/clips_per_second$"]],
+        "share of waiting for data": ["Multiline", [r"^speed/waiting_for_data$"]],
+        "peak memory in GiB": ["Multiline", [r"^speed/peak_memory_gib$"]],
+    },
+}

@@ -145,6 +145,50 @@ def test_killed_and_run_again_gives_the_same_bits(experiment: str, home: Path, t
     assert without_time == [{k: v for k, v in row.items() if k != "time"} for row in rows(killed)]
 
 
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """The same states, models and rows, bit for bit."""
+    last = sorted((one / "state").glob("step_*"))[-1].name
+    for file in ("modules", "averages", "optimizers", "running"):
+        a, b = (load_file(run / "state" / last / f"{file}.safetensors") for run in (one, other))
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), file
+    weights = [(run / "model/weights.safetensors").read_bytes() for run in (one, other)]
+    assert weights[0] == weights[1]
+    a, b = ([{k: v for k, v in row.items() if k != "time"} for row in rows(run)] for run in (one, other))
+    assert a == b
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["tiny_autoencoder", "tiny"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_asked_to_stop_it_saves_and_the_same_command_goes_on(
+    experiment: str, name: str, home: Path, tmp_path: Path
+) -> None:
+    """The signal goes to the whole group, workers included, as from a terminal or from Slurm."""
+    data = [e for e in at(home) if not e.startswith("runs=")]
+    shutil.copytree(home / "runs/tiny_autoencoder/model", tmp_path / "runs/tiny_autoencoder/model")
+    command = [
+        f"+experiment={experiment}", "name=stopped", f"runs={tmp_path}/runs", *data, "logger=jsonl",
+        "train.num_steps=45", "train.log_every=7", "train.save_every=20", "machine.num_workers=2",
+    ]  # fmt: skip
+    if experiment == "tiny":
+        command += ["latents=null", f"autoencoder_from={tmp_path}/runs/tiny_autoencoder/model"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "src.train", *command], cwd=ROOT, env=environment(home),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 7/" in line:
+            break
+    os.killpg(process.pid, getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert f"stopped by {name} after step" in errors and "Traceback" not in errors
+    assert "going on after step" in verb(home, "train", *command, "resume=must").stdout
+    verb(home, "train", *command, "name=straight")
+    assert_equal_runs(tmp_path / "runs/straight", tmp_path / "runs/stopped")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", ["tiny_autoencoder", "tiny"])
 def test_two_processes_and_accumulation_change_rounding_only(experiment: str, home: Path) -> None:

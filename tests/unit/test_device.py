@@ -1,4 +1,9 @@
-"""What is distrusted of a machine: half-precision convolutions; what is asked of it: a compiler."""
+"""What is distrusted of a machine: half-precision convolutions; what is asked of it: a compiler; launches."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +14,12 @@ from src.training.device import (
     check_convolutions,
     check_half_precision,
     compile_in_place,
+    make_accelerator,
     networks_convolution,
+    refuse_broken_launch,
 )
+
+ROOT = Path(__file__).parents[2]
 
 CPU = torch.device("cpu")
 SHAPE = (3, 16, 6, 12, 12)
@@ -60,3 +69,31 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler.*machine.compile=false"):
         compile_in_place([nn.Linear(1, 1)])
+
+
+@pytest.mark.parametrize("flag", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharded_models_are_refused(flag, monkeypatch):
+    monkeypatch.setenv(flag, "true")
+    with pytest.raises(ValueError, match="shards a model over processes"):
+        refuse_broken_launch()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs it starts as many processes as it was told")
+def test_a_launch_that_became_one_process_is_told(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from src.training.device import refuse_broken_launch; refuse_broken_launch()")
+    launcher = str(Path(sys.executable).with_name("accelerate"))
+    for count in (1, 2):
+        command = [launcher, "launch", "--cpu", "--num_processes", str(count), str(script)]
+        result = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+        )
+        assert (result.returncode == 0) == (count == 1), result.stderr
+    assert "was told 2 processes and started one" in result.stderr and "torchrun" in result.stderr
+
+
+def test_half_precision_with_a_scaler_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        make_accelerator(precision="fp16", tf32=False, batch_size=2, micro_batch_size=None)

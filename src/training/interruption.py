@@ -1,0 +1,79 @@
+"""Asked to stop (Ctrl-C, a scheduler's signal), a run finishes its step, saves, and says so."""
+
+import signal
+import threading
+from collections import deque
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+"""What people and schedulers send; the user signals are what Slurm's ``--signal`` is told to send."""
+
+
+class Interrupted(RuntimeError):
+    """The run stopped because it was asked to; its state is saved."""
+
+
+class StopRequests:
+    """Listens for signals while a run trains; a second one stops it at once.
+
+    Processes of one run get a signal at different steps: they agree by the maximum of a flag, reduced with
+    every step and, on a GPU, read two steps later, so that no step waits for it.
+
+    Args:
+        accelerator: device and number of processes.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.received: int | None = None
+        self.name = "another process"
+        self._previous: dict[int, Any] = {}
+        self._flags: deque[tuple[torch.Tensor, Any]] = deque()
+
+    def __enter__(self) -> Self:
+        """Starts listening; only the main thread may, and elsewhere nothing is changed."""
+        if threading.current_thread() is threading.main_thread():
+            for name in SIGNALS:
+                number = getattr(signal, name, None)
+                if number is not None:
+                    self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stops listening. What had listened before (a launcher that requeues the job) gets its turn."""
+        for number, previous in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if previous is None else previous)
+        before = self._previous.get(self.received or 0)
+        if isinstance(error, Interrupted) and self.received != signal.SIGINT and callable(before):
+            before(self.received, None)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+        self.name = signal.Signals(number).name
+
+    def agreed(self) -> bool:
+        """Whether all processes stop after this step; to be asked after each step by all of them."""
+        wanted = self.received is not None
+        if self.accelerator.num_processes == 1:
+            return wanted
+        flag = torch.tensor(float(wanted), device=self.accelerator.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        if flag.device.type != "cuda":
+            return bool(flag)
+        copied = flag.to("cpu", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._flags.append((copied, event))
+        if len(self._flags) < 3:
+            return False
+        copied, event = self._flags.popleft()
+        event.synchronize()
+        return bool(copied)

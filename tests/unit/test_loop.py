@@ -1,0 +1,252 @@
+"""The loop with a stage of one weight: stopping, skipping, resuming."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from src.data.sampler import Batch
+from src.stages.stage import Modules, Update
+from src.training import checkpoint
+from src.training.device import make_accelerator
+from src.training.interruption import Interrupted, StopRequests
+from src.training.loop import LoopSettings, check_resume, train
+from src.training.numbers import NonFiniteError, Pending
+from src.training.tracker import Tracker
+
+
+class Weight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x
+
+
+class OneWeight:
+    """Learns to multiply by nothing; the loss is the mean square of weight times clip."""
+
+    exported = "weight"
+
+    def __init__(self) -> None:
+        self.modules: dict[str, nn.Module] = {"weight": Weight()}
+        self.running: dict[str, Tensor] = {}
+
+    def updates(self, modules: Modules, batch: Batch, step: int) -> Iterator[Update]:
+        per_clip = modules["weight"](batch.video).square().mean((1, 2, 3, 4))
+        early = batch.positions < 6
+        pair = torch.stack([(per_clip.detach() * early).sum(), early.sum()])
+        yield Update("weight", per_clip.mean(), {"early": pair})
+
+    def preview(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:
+        return {}
+
+    def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
+        return {"weight": float(modules["weight"].weight)}  # type: ignore[arg-type]
+
+    def finish(self, modules: Modules, batches: Iterable[Batch]) -> None: ...
+
+
+def clips(bad_step: int | None = None) -> Callable[[int], Iterator[Batch]]:
+    """Two clips a step; those of the bad step hold a NaN."""
+
+    def from_step(step: int) -> Iterator[Batch]:
+        while True:
+            positions = torch.arange(2 * step, 2 * step + 2)
+            video = (1 + positions % 5).float().reshape(2, 1, 1, 1, 1) / 5
+            if step == bad_step:
+                video = video * torch.nan
+            yield Batch(video, torch.full((2,), -1), positions)
+            step += 1
+
+    return from_step
+
+
+def settings_of(**changes: Any) -> LoopSettings:
+    values: dict[str, Any] = {
+        "num_steps": 12, "warmup_steps": 0, "decay": "constant", "clip_norm": 0.0, "log_every": 5,
+        "preview_every": 0, "evaluate_every": 0, "save_every": 0, "keep_states": 2, "keep_every": 0,
+        "on_nonfinite": "stop", "max_skipped": 3, "profile": False,
+    }  # fmt: skip
+    return LoopSettings(**(values | changes))
+
+
+def run(
+    folder: Path, batches: Callable[[int], Iterator[Batch]], fused: bool = True, **changes: Any
+) -> OneWeight:
+    """Trains one weight in a folder."""
+    stage = OneWeight()
+    resume = changes.pop("resume", "auto")
+    accelerator, _ = make_accelerator(precision="no", tf32=False, batch_size=2, micro_batch_size=None)
+    train(
+        stage,
+        optimizers={"weight": torch.optim.AdamW(stage.modules["weight"].parameters(), 0.1, fused=fused)},
+        batches=batches,
+        held_out=list,
+        statistics=list,
+        clips_of=lambda step: [f"clip_{2 * step - 2}.mp4", f"clip_{2 * step - 1}.mp4"],
+        export=lambda module, step: (folder / "model").mkdir(exist_ok=True),
+        ema_decay=0.9,
+        settings=settings_of(**changes),
+        accelerator=accelerator,
+        folder=folder,
+        resume=resume,
+        batch_size=2,
+        tracker=lambda step: Tracker(folder, step, 8.0, tensorboard=False),
+        seed=0,
+    )
+    return stage
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    parsed = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "time"} for row in parsed]
+
+
+def weight_of(stage: OneWeight) -> float:
+    return stage.modules["weight"].weight.item()  # type: ignore[union-attr, operator]
+
+
+def test_pairs_are_ratios_of_totals() -> None:
+    pending = Pending(False, 0, lambda step: [])
+    for step, (total, count) in enumerate([(3.0, 2.0), (0.0, 0.0), (5.0, 2.0)], start=1):
+        pair = torch.tensor([total, count])
+        pending.add(step, "m", {"loss": torch.tensor(float(step)), "part": pair, "none": pair * 0})
+    assert pending.read(lambda x: x) == {"m/loss": 2.0, "m/part": 2.0}
+    assert pending.read(lambda x: x) == {}
+
+
+def test_a_number_that_isnt_finite_names_step_and_clips(tmp_path: Path) -> None:
+    wanted = r"weight/loss became nan in step 8 \(clips of clip_14.mp4, clip_15.mp4\)"
+    with pytest.raises(NonFiniteError, match=wanted):
+        run(tmp_path, clips(bad_step=7), save_every=6)
+    assert [path.name for path in checkpoint.list_states(tmp_path / "state")] == ["step_000000006"]
+
+
+def test_a_skipped_step_changes_nothing_and_is_counted(tmp_path: Path) -> None:
+    def without_step_7(step: int) -> Iterator[Batch]:
+        for number, batch in enumerate(clips()(step), start=step):
+            if number != 7:
+                yield batch
+
+    skipped = run(tmp_path / "a", clips(bad_step=7), on_nonfinite="skip")
+    straight = run(tmp_path / "b", without_step_7, num_steps=11)
+    assert weight_of(skipped) == weight_of(straight)
+    assert [row.get("skipped_steps") for row in rows(tmp_path / "a")[:3]] == [None, 1.0, 1.0]
+
+    def always(step: int) -> Iterator[Batch]:
+        for batch in clips()(step):
+            yield Batch(batch.video * torch.nan, batch.label, batch.positions)
+
+    with pytest.raises(NonFiniteError, match=r"5 steps were skipped, more than train\.max_skipped=3"):
+        run(tmp_path / "c", always, on_nonfinite="skip")
+    with pytest.raises(ValueError, match="only fused optimizers"):
+        run(tmp_path / "d", clips(), fused=False, on_nonfinite="skip")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(number: int, tmp_path: Path) -> None:
+    """Also its rows: the stop falls between two of them."""
+
+    def interrupted(step: int) -> Iterator[Batch]:
+        for at, batch in enumerate(clips()(step), start=step):
+            if at == 7:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    called: list[int] = []
+    before = signal.signal(number, lambda received, _: called.append(received))
+    try:
+        with pytest.raises(Interrupted, match=f"stopped by {signal.Signals(number).name} after step 8 of 12"):
+            run(tmp_path / "a", interrupted)
+        # Who listened before gets its turn after the save (a launcher that requeues), except for Ctrl-C.
+        assert called == ([] if number == signal.SIGINT else [number])
+        assert [path.name for path in checkpoint.list_states(tmp_path / "a/state")] == ["step_000000008"]
+        resumed = run(tmp_path / "a", clips(), resume="must")
+    finally:
+        signal.signal(number, before)
+    straight = run(tmp_path / "b", clips())
+    assert weight_of(resumed) == weight_of(straight)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b") and len(rows(tmp_path / "b")) == 4
+
+
+def test_a_second_ctrl_c_stops_at_once() -> None:
+    accelerator, _ = make_accelerator(precision="no", tf32=False, batch_size=2, micro_batch_size=None)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), StopRequests(accelerator) as requests:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.agreed()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_whether_to_resume_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"resume=must, but .* holds no state"):
+        check_resume("must", tmp_path)
+    check_resume("never", tmp_path)
+    (tmp_path / "state/step_000000003").mkdir(parents=True)
+    check_resume("must", tmp_path)
+    with pytest.raises(ValueError, match=r"resume=never, but .* holds a run"):
+        check_resume("never", tmp_path)
+    with pytest.raises(ValueError, match="choose one of auto, must, never"):
+        check_resume("maybe", tmp_path)  # type: ignore[arg-type]
+
+
+def test_states_of_every_nth_step_stay(tmp_path: Path) -> None:
+    run(tmp_path, clips(), save_every=2, keep_states=1, keep_every=4)
+    names = [path.name for path in checkpoint.list_states(tmp_path / "state")]
+    assert names == ["step_000000004", "step_000000008", "step_000000012"]
+
+
+def test_a_profile_is_written(tmp_path: Path) -> None:
+    run(tmp_path, clips(), num_steps=15, profile=True)
+    trace = json.loads((tmp_path / "profile/trace.json").read_text())
+    assert any("aten::" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_settings_and_last_numbers_are_compared_in_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    tracker = Tracker(tmp_path, 0, 8.0, tensorboard=True, settings={"optimizer.lr": 0.1, "latents": None})
+    assert isinstance(tracker._writer, SummaryWriter)
+    tracker.log(1, {"held_out/loss": 0.5, "time": 1.0})
+    tracker.chart(1, {"speed/clips_per_second": 3.0})
+    tracker.finish()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"held_out/loss", "speed/clips_per_second"} <= set(events.Tags()["scalars"])
+    content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    told = metadata.parse_session_start_info_plugin_data(content).hparams
+    assert told["optimizer.lr"].number_value == 0.1 and told["latents"].string_value == "None"
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    assert "speed" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_another_service_cant_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    class Run:
+        def log(self, numbers: dict[str, float], step: int) -> None:
+            raise ConnectionError("no network")
+
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **_: Run()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    tracker = Tracker(tmp_path, 0, 8.0, tensorboard=False, wandb="project")
+    with pytest.warns(UserWarning, match="wandb is switched off: ConnectionError: no network"):
+        tracker.log(1, {"loss": 1.0})
+    tracker.log(2, {"loss": 2.0})
+    tracker.close()
+    assert [row["loss"] for row in rows(tmp_path)] == [1.0, 2.0]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.warns(UserWarning, match="wandb is switched off"):
+        Tracker(tmp_path, 2, 8.0, tensorboard=False, wandb="project").close()
