@@ -47,6 +47,7 @@ def main(cfg: DictConfig) -> None:
     from .data.sampler import Batch, LatentBatch, PositionSampler, batches, held_out_batches
     from .training.device import compile_in_place, make_accelerator
     from .training.loop import LoopSettings, train
+    from .training.record import RunRecord
     from .training.tracker import Tracker
 
     settings: TrainSettings = typed(cfg, "train", TrainSettings)
@@ -162,6 +163,13 @@ def main(cfg: DictConfig) -> None:
             wandb=logger.wandb,
             settings=flat(_plain(cfg)),
         ),
+        record=RunRecord(
+            folder,
+            _plain(cfg),
+            data_fingerprint=dataset.fingerprint,
+            batch_size=settings.batch_size,
+            num_processes=accelerator.num_processes,
+        ).update,
         seed=cfg.seed,
     )
     accelerator.print(f"model: {folder / 'model'}")

@@ -86,6 +86,7 @@ def train(
     resume: Resume,
     batch_size: int,
     tracker: Callable[[int], Tracker],
+    record: Callable[[int, float], None],
     seed: int,
 ) -> None:
     """Trains a stage, or goes on with it where its folder's last state stopped.
@@ -106,6 +107,8 @@ def train(
             ``never``.
         batch_size: clips of one step, over all processes.
         tracker: makes what numbers and videos are handed to, from a step on; called on the main process.
+        record: told step and seconds of training at the start and whenever a state is saved; called on the
+            main process.
         seed: of everything that is random.
 
     Raises:
@@ -166,6 +169,8 @@ def train(
 
     main = accelerator.is_main_process
     tracks = tracker(step) if main else None
+    if main:
+        record(step, seconds_before)
     pending = Pending(skips, settings.max_skipped, clips_of)
     pending.num_skipped, pending.totals = state.progress["skipped"], state.progress["pending"]
     console = Console(folder.name, step, settings.num_steps, batch_size, enabled=main)
@@ -217,14 +222,16 @@ def train(
             if scaler is not None:
                 state.progress["scaler"] = scaler.state_dict()
             checkpoint.save(folder / "state", state, settings.keep_states, settings.keep_every)
+            record(step, seconds())
         accelerator.wait_for_everyone()
 
     source = batches(step)
     with StopRequests(accelerator) as requests, _profiler(settings.profile and main, folder) as profiler:
         while step < settings.num_steps:
             # Each step starts from its own random state, so that dropout survives a resume, too.
-            torch.manual_seed(
-                derive_seed(seed, step * accelerator.num_processes + accelerator.process_index, "step")
+            reseed(
+                derive_seed(seed, step * accelerator.num_processes + accelerator.process_index, "step"),
+                accelerator.device,
             )
             factor = learning_rate_factor(
                 step, settings.num_steps, warmup_steps=settings.warmup_steps, decay=settings.decay
@@ -293,6 +300,17 @@ def train(
     accelerator.wait_for_everyone()
     if tracks is not None:
         tracks.finish()
+
+
+def reseed(seed: int, device: torch.device) -> None:
+    """Seeds the generators of the CPU and of a GPU.
+
+    Without a GPU `torch.manual_seed` would keep a note, with a stack trace, for when one is first used: in
+    every step, so that memory grows.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def check_resume(resume: Resume, folder: Path) -> None:

@@ -94,17 +94,14 @@ class Tracker:
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
         self._last |= numbers
-        if self._writer is not None:
-            for name, value in numbers.items():
-                self._writer.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._guarded(lambda: self._wandb.log(numbers, step=step))
+        self.chart(step, numbers)
 
     def chart(self, step: int, numbers: dict[str, float]) -> None:
         """Shows numbers that are of the machine, not of the run: they get no row."""
         if self._writer is not None:
-            for name, value in numbers.items():
-                self._writer.add_scalar(name, value, step)
+            # One event for all, as add_scalar writes one for each, at a fifth of its time.
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+            self._writer._get_file_writer().add_summary(Summary(value=values), step)
         if self._wandb is not None:
             self._guarded(lambda: self._wandb.log(numbers, step=step))
 

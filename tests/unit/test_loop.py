@@ -1,5 +1,6 @@
 """The loop with a stage of one weight: stopping, skipping, resuming."""
 
+import hashlib
 import json
 import os
 import signal
@@ -17,8 +18,9 @@ from src.stages.stage import Modules, Update
 from src.training import checkpoint
 from src.training.device import make_accelerator
 from src.training.interruption import Interrupted, StopRequests
-from src.training.loop import LoopSettings, check_resume, train
+from src.training.loop import LoopSettings, check_resume, reseed, train
 from src.training.numbers import NonFiniteError, Pending
+from src.training.record import RunRecord
 from src.training.tracker import Tracker
 
 
@@ -101,6 +103,7 @@ def run(
         resume=resume,
         batch_size=2,
         tracker=lambda step: Tracker(folder, step, 8.0, tensorboard=False),
+        record=lambda step, seconds: None,
         seed=0,
     )
     return stage
@@ -250,3 +253,25 @@ def test_another_service_cant_end_a_run(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.warns(UserWarning, match="wandb is switched off"):
         Tracker(tmp_path, 2, 8.0, tensorboard=False, wandb="project").close()
+
+
+def test_seeding_a_step_takes_no_memory() -> None:
+    """torch.manual_seed keeps a note for a GPU that was never used, in every step."""
+    kept = len(torch.cuda._queued_calls)
+    for seed in range(20):
+        reseed(seed, torch.device("cpu"))
+    assert len(torch.cuda._queued_calls) == kept
+    drawn = torch.rand(3)
+    torch.manual_seed(19)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_a_record_knows_all_starts(tmp_path: Path) -> None:
+    for step in (5, 9):
+        record = RunRecord(tmp_path, {"seed": 0}, data_fingerprint="abc", batch_size=4, num_processes=2)
+        record.update(step, 1.5 * step)
+    told = json.loads((tmp_path / "run.json").read_text())
+    assert (told["step"], told["clips_seen"], told["seconds"]) == (9, 36, 13.5)
+    assert [start["processes"] for start in told["starts"]] == [2, 2]
+    assert told["starts"][0]["packages"]["torch"] == torch.__version__
+    assert told["config_sha256"] == hashlib.sha256(b'{"seed": 0}').hexdigest()
