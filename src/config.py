@@ -24,7 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import CompactHydraException, HydraException, InstantiationException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -71,6 +71,10 @@ HARMLESS = (
 
 # What a verb that has a model takes from the model's own record when the config leaves it open (null).
 CLIP_FACTS = ("num_frames", "frame_stride", "resolution")
+
+
+class CellFailed(CompactHydraException):
+    """A cell of a multirun has failed, and has said why."""
 
 
 class ConfigError(ValueError):
@@ -315,6 +319,8 @@ def verb(config_name: str, schema: type) -> Callable[[Callable[[DictConfig], Non
                 sys.exit(INTERRUPTED)
             except _mendable() as error:
                 print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+                if _in_multirun():  # the other cells come first
+                    raise CellFailed("some cells of the multirun failed; their messages are above") from None
                 sys.exit(2)
 
         @functools.wraps(function)
@@ -609,7 +615,7 @@ def run_folder(cfg: DictConfig) -> Path:
     cell finds its folder again.
     """
     name = str(cfg.name)
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+    if _in_multirun():
         swept = set(os.environ.get(_SWEPT, "").split()) | set(HydraConfig.get().sweeper.get("params") or {})
         cell = [
             str(override).lstrip("+")
@@ -619,6 +625,10 @@ def run_folder(cfg: DictConfig) -> Path:
         if cell:
             name = f"{name}-{','.join(cell).replace('/', '.')}"
     return Path(cfg.runs) / name
+
+
+def _in_multirun() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _key(override: str) -> str:

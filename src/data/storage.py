@@ -55,6 +55,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             os.replace(path, old)
         os.replace(part, path)
+        with suppress(OSError):  # so that the name, too, is on the disk; some systems can't open a folder
+            handle = os.open(path.parent, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
     finally:
         for leftover in path.parent.glob(f".{path.name}.*.part"):
             shutil.rmtree(leftover, ignore_errors=True)

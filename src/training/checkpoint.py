@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..data.storage import atomic_folder, load_tensors, save_tensors, write_json
 
+FILES = ("modules.safetensors", "averages.safetensors", "optimizers.safetensors", "running.safetensors")
+
 
 @dataclass
 class State:
@@ -46,12 +48,9 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
     """
     target = folder / f"step_{state.progress['step']:09d}"
     optimizers, groups = _flatten_optimizers(state.optimizers)
-    files = {
-        "modules.safetensors": _flatten_modules(state.modules),
-        "averages.safetensors": _flatten_modules(state.averages),
-        "optimizers.safetensors": optimizers,
-        "running.safetensors": {name: value.contiguous() for name, value in state.running.items()},
-    }
+    running = {name: value.contiguous() for name, value in state.running.items()}
+    contents = (_flatten_modules(state.modules), _flatten_modules(state.averages), optimizers, running)
+    files = dict(zip(FILES, contents, strict=True))
     with atomic_folder(target) as part:
         for name, tensors in files.items():
             save_tensors(tensors, part / name)
@@ -60,7 +59,7 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
             "optimizers": groups,
             "sha256": {name: _hash(part / name) for name in files},
         }
-        write_json(part / "state.json", description)
+        write_json(part / "state.json", description | {"checksum": _checksum(description)})
     for old in list_states(folder)[:-keep]:
         if not (keep_every and int(old.name.removeprefix("step_")) % keep_every == 0):
             shutil.rmtree(old)
@@ -83,11 +82,8 @@ def load_latest(folder: Path, state: State, report: Any = print) -> bool:
     """
     for path in reversed(list_states(folder)):
         try:
-            description = json.loads((path / "state.json").read_text())
-            for name, expected in description["sha256"].items():
-                if _hash(path / name) != expected:
-                    raise ValueError(f"{name} doesn't match its checksum")
-        except (FileNotFoundError, ValueError, KeyError) as error:
+            description = _read_description(path)
+        except (OSError, ValueError) as error:
             report(f"state {path} is damaged ({error}); it is removed and the one before it is used")
             shutil.rmtree(path, ignore_errors=True)
             continue
@@ -103,6 +99,25 @@ def load_latest(folder: Path, state: State, report: Any = print) -> bool:
         state.progress.update(description["progress"])
         return True
     return False
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """What a state's ``state.json`` says; OSError or ValueError if any file isn't as it was written."""
+    description = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if not isinstance(description, dict):
+        raise ValueError("state.json holds no description")
+    if description.pop("checksum", None) != _checksum(description):
+        raise ValueError("state.json doesn't match its checksum")
+    for name in FILES:
+        if _hash(path / name) != description["sha256"][name]:
+            raise ValueError(f"{name} doesn't match its checksum")
+    return description
+
+
+def _checksum(description: dict[str, Any]) -> str:
+    # As it is when it is read back: JSON knows no tuples.
+    text = json.dumps(json.loads(json.dumps(description)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _hash(path: Path) -> str:

@@ -65,7 +65,7 @@ def now() -> str:
 
 def machine() -> dict[str, Any]:
     """Versions, code and hardware."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -257,6 +257,20 @@ def test_a_multirun_gives_each_cell_its_folder(home: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_failed_cell_ends_no_other_and_finished_ones_are_skipped(home: Path) -> None:
+    few = ["train.num_steps=2", "logger=jsonl", f"hydra.sweep.dir={home}/multirun", "name=some"]
+    command = ["-m", "+experiment=tiny", "unet.num_heads=3,2,4", *few, *at(home)]
+    first = verb(home, "train", *command, check=False)
+    assert first.returncode != 0 and "Traceback" not in first.stderr
+    assert "can't be split into 3 heads" in first.stderr
+    cells = [home / "runs" / f"some-unet.num_heads={count}" for count in (2, 4)]
+    before = [(cell / "model/weights.safetensors").stat().st_mtime_ns for cell in cells]
+    again = verb(home, "train", *command, check=False)
+    assert again.stdout.count("is finished after 2 steps") == 2
+    assert [(cell / "model/weights.safetensors").stat().st_mtime_ns for cell in cells] == before
+
+
+@pytest.mark.slow
 def test_a_full_disk_in_training_is_one_clear_message(home: Path, tmp_path: Path) -> None:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]).returncode:
         pytest.skip("mounting a small disk needs root")

@@ -131,6 +131,46 @@ def test_a_damaged_state_is_reported_and_the_one_before_it_used(damage: str, tmp
     assert "step_000000020" in told[0] and not newest.exists()
 
 
+def test_no_damage_is_ever_loaded(tmp_path: Path) -> None:
+    """Two hundred states that a disk has spoiled, somewhere: the one before is used, whatever it is."""
+    import random
+    import shutil
+
+    checkpoint.save(tmp_path / "sound", make_state(10), keep=3)
+    checkpoint.save(tmp_path / "sound", make_state(20), keep=3)
+    draw = random.Random(0)
+    for trial in range(200):
+        folder = tmp_path / f"trial_{trial}"
+        shutil.copytree(tmp_path / "sound", folder)
+        victim = draw.choice(sorted((folder / "step_000000020").iterdir()))
+        content = bytearray(victim.read_bytes())
+        where = draw.randrange(len(content))
+        damage = draw.choice(["flip", "cut", "remove", "noise", "empty", "folder", "json", "insert"])
+        if damage == "flip":
+            content[where] ^= 1 << draw.randrange(8)
+        elif damage == "cut":
+            del content[where:]
+        elif damage == "noise":
+            content[where : where + 50] = draw.randbytes(50)
+        elif damage == "empty":
+            content = bytearray()
+        elif damage == "json":
+            content = bytearray(draw.choice([b"[]", b"{}", b"null", b'{"sha256": 3}', b'"x"']))
+        elif damage == "insert":
+            content[where:where] = b" 7"
+        victim.unlink()
+        if damage == "folder":
+            victim.mkdir()
+        elif damage != "remove":
+            victim.write_bytes(content)
+        told: list[str] = []
+        loaded = make_state(99)
+        assert checkpoint.load_latest(folder, loaded, report=told.append)
+        assert_equal_states(loaded, make_state(10))
+        assert len(told) == 1 and "step_000000020 is damaged" in told[0], (damage, victim)
+        shutil.rmtree(folder)
+
+
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tmp_path, make_state(10), keep=1)
 
