@@ -617,11 +617,10 @@ def run_folder(cfg: DictConfig) -> Path:
     name = str(cfg.name)
     if _in_multirun():
         swept = set(os.environ.get(_SWEPT, "").split()) | set(HydraConfig.get().sweeper.get("params") or {})
-        cell = [
-            str(override).lstrip("+")
-            for override in HydraConfig.get().overrides.task
-            if _key(str(override)) in swept - {"name"}
-        ]
+        overrides = [str(override) for override in HydraConfig.get().overrides.task]
+        # Each experiment has a name of its own, and may look for the folder of another by that.
+        told = {"name"} if "name" in map(_key, overrides) else {"name", "experiment"}
+        cell = [override.lstrip("+") for override in overrides if _key(override) in swept - told]
         if cell:
             name = f"{name}-{','.join(cell).replace('/', '.')}"
     return Path(cfg.runs) / name

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .data.clips import ClipDataset
     from .metrics.features import FeatureExtractor
     from .model_folder import DataRecord, DiffusionModel
+    from .training.share import Share
 
 NUM_SHOWN = 8
 FOLDER_OF_SAMPLES = {
@@ -72,11 +73,13 @@ def main(cfg: DictConfig) -> None:
     from .metrics.video_statistics import mean_pairwise_distance, nearest
     from .model_folder import load_diffusion
     from .training.device import pick_device
+    from .training.share import Share
 
     if (cfg.model is None) == (cfg.samples is None):
         raise ConfigError("give either model=FOLDER (videos are sampled) or samples=FOLDER (of videos)")
     typed(cfg, "machine", MachineSettings)
     scale = typed(cfg, "guidance", GuidanceSettings).scale
+    share = Share()
     device = pick_device()
     model = None if cfg.model is None else load_diffusion(cfg.model).to(device)
     if cfg.samples is not None and not Path(cfg.samples).is_dir():
@@ -95,24 +98,29 @@ def main(cfg: DictConfig) -> None:
     elif cfg.protocol.features is not None:
         raise ConfigError(f"protocol.features={cfg.protocol.features} is unknown; choose i3d or null")
 
-    training = build(node, split=cfg.protocol.split, seed=cfg.seed)
-    held_out = build(node, split="test", seed=cfg.seed)
+    with share.first_alone():
+        training = build(node, split=cfg.protocol.split, seed=cfg.seed)
+        held_out = build(node, split="test", seed=cfg.seed)
     notes = [] if model is None else differences(training, model)
     num_real = min(cfg.protocol.num_real, len(training))
     if num_real < cfg.protocol.num_real:
         notes.append(f"only {num_real} real videos, fewer than the protocol's {cfg.protocol.num_real}")
 
-    real = summarize(_real_clips(training, num_real, cfg.batch_size, device), num_real, extractor, "real")
+    def summary_of(clips: Clips, count: int, title: str) -> Summary:
+        return summarize(clips, share, count, cfg.batch_size, extractor, title)
+
+    real = summary_of(_real_clips(training, device), num_real, "real")
     if model is not None:
         num_generated = cfg.protocol.num_generated
-        clips = _generated(cfg, model, num_generated, scale)
+        clips = _generated(cfg, model, scale)
         output = Path(cfg.output) if cfg.output else Path(cfg.model).parent / "evaluation.json"
     else:
-        given = build(samples_node(node, cfg.samples), split="all", seed=cfg.seed)
+        with share.first_alone():
+            given = build(samples_node(node, cfg.samples), split="all", seed=cfg.seed)
         num_generated = min(cfg.protocol.num_generated, len(given))
         if num_generated < cfg.protocol.num_generated:
             notes.append(f"only {num_generated} videos in {cfg.samples}")
-        clips = _held_out(given, num_generated, cfg.batch_size, device)
+        clips = _middle_clips(given, num_generated, device)
         samples = Path(cfg.samples)
         beside = samples.with_name(f"{samples.name}_evaluation") / "evaluation.json"
         output = Path(cfg.output) if cfg.output else beside
@@ -121,7 +129,14 @@ def main(cfg: DictConfig) -> None:
                 f"output={output} lies inside samples={samples}, where its videos would be taken for samples "
                 "the next time; choose another folder"
             )
-    generated = summarize(clips, num_generated, extractor, "generated")
+    generated = summary_of(clips, num_generated, "generated")
+    summary = None
+    if model is not None and cfg.compare_untrained:
+        untrained = load_diffusion(cfg.model, trained=False).to(device)
+        summary = summary_of(_generated(cfg, untrained, scale), num_generated, "untrained")
+    share.close()
+    if share.rank > 0:
+        return
 
     protocol = Protocol(
         features=cfg.protocol.features or "none",
@@ -148,11 +163,7 @@ def main(cfg: DictConfig) -> None:
         metrics[protocol.name("kernel_distance") + suffix] = kernel_distance(real.features, other.features)
 
     distances(generated, "")
-    if model is not None and cfg.compare_untrained:
-        untrained = load_diffusion(cfg.model, trained=False).to(device)
-        summary = summarize(
-            _generated(cfg, untrained, num_generated, scale), num_generated, extractor, "untrained"
-        )
+    if summary is not None:
         distances(summary, "_untrained")
         metrics["contrast_ratio_untrained"] = summary.contrast / real.contrast
         metrics["motion_ratio_untrained"] = summary.motion / real.motion
@@ -183,7 +194,7 @@ def main(cfg: DictConfig) -> None:
     shown = {
         "real": real.shown,
         "generated": generated.shown,
-        "nearest": _clips_at(training, indices, device),
+        "nearest": _clips_at(training, indices, device).cpu(),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     videos = _write_videos(output.parent, shown, training.fps)
@@ -250,38 +261,52 @@ def differences(dataset: "ClipDataset", model: "DiffusionModel") -> list[str]:
     ]
 
 
+Clips = Callable[[list[int]], "Tensor"]
+"""Videos ``b c t h w`` of numbered clips."""
+
+
 def summarize(
-    videos: "Iterator[Tensor]", count: int, extractor: "FeatureExtractor | None", title: str
+    clips: Clips,
+    share: "Share",
+    count: int,
+    batch_size: int,
+    extractor: "FeatureExtractor | None",
+    title: str,
 ) -> Summary:
-    """Features and statistics of a stream of videos."""
+    """Features and statistics of the clips below ``count``, which the processes share."""
     import torch
     from tqdm import tqdm
 
     from .metrics.video_statistics import contrast, motion_energy
 
-    features: list[torch.Tensor] = []
-    pixels: list[torch.Tensor] = []
+    numbers: list[int] = []
+    rows: dict[str, list[torch.Tensor]] = {}
     shown: list[torch.Tensor] = []
-    num_shown = 0
-    sums = [0.0, 0.0]
-    with tqdm(total=count, unit="video", desc=title) as bar:
-        for video in videos:
+    with tqdm(total=count, unit="video", desc=title, disable=share.rank > 0) as bar:
+        for batch in share.batches(count, batch_size):
+            video = clips(batch)
+            told = {
+                "pixels": _pixels(video),
+                "contrast": contrast(video).mean(1).cpu(),
+                "motion": motion_energy(video).mean(1).cpu(),
+            }
             if extractor is not None:
-                features.append(extractor(video).cpu())
-            pixels.append(_pixels(video))
-            sums[0] += float(contrast(video).mean(1).sum())
-            sums[1] += float(motion_energy(video).mean(1).sum())
-            if num_shown < NUM_SHOWN:
-                shown.append(video.cpu())
-                num_shown += len(video)
-            bar.update(len(video))
-    number = sum(len(part) for part in pixels)
+                told["features"] = extractor(video).cpu()
+            for name, values in told.items():
+                rows.setdefault(name, []).append(values)
+            numbers += batch
+            shown.append(video[: max(NUM_SHOWN - batch[0], 0)].cpu())
+            bar.update(min(len(batch) * share.world_size, count - bar.n))
+    whole = share.gather(numbers, {name: torch.cat(parts) for name, parts in rows.items()})
+    few = share.gather(
+        [number for number in numbers if number < NUM_SHOWN], {"shown": torch.cat(shown)} if shown else {}
+    )
     return Summary(
-        features=torch.cat(features) if features else None,
-        pixels=torch.cat(pixels),
-        contrast=sums[0] / number,
-        motion=sums[1] / number,
-        shown=torch.cat(shown)[:NUM_SHOWN],
+        features=whole.get("features"),
+        pixels=whole["pixels"],
+        contrast=float(whole["contrast"].double().mean()),
+        motion=float(whole["motion"].double().mean()),
+        shown=few["shown"],
     )
 
 
@@ -291,20 +316,22 @@ def _pixels(video: "Tensor") -> "Tensor":
     return pixel_features(video).cpu()
 
 
-def _real_clips(
-    dataset: "ClipDataset", count: int, batch_size: int, device: "torch.device"
-) -> "Iterator[Tensor]":
-    """One random clip of each of ``count`` videos."""
-    from .data.sampler import Batch, PositionSampler, batches
+def _real_clips(dataset: "ClipDataset", device: "torch.device") -> Clips:
+    """One random clip of each video, in the data set's endless order."""
+    return lambda positions: _clips_at(dataset, positions, device)
 
-    sampler = PositionSampler(
-        global_batch_size=batch_size, micro_batch_size=batch_size, num_steps=-(-count // batch_size)
-    )
-    left = count
-    for batch in batches(dataset, sampler, num_workers=0, device=device):
+
+def _middle_clips(dataset: "ClipDataset", count: int, device: "torch.device") -> Clips:
+    """The middle clips of ``count`` videos, spread evenly."""
+    from .data.sampler import Batch, collate, to_batch
+
+    def clips(numbers: list[int]) -> "Tensor":
+        items = [dataset.held_out(number * len(dataset) // count) for number in numbers]
+        batch = to_batch(collate(items), device)
         assert isinstance(batch, Batch)
-        yield batch.video[:left]
-        left -= len(batch.video)
+        return batch.video
+
+    return clips
 
 
 def _held_out(
@@ -318,7 +345,7 @@ def _held_out(
         yield batch.video
 
 
-def _generated(cfg: DictConfig, model: "DiffusionModel", count: int, scale: float) -> "Iterator[Tensor]":
+def _generated(cfg: DictConfig, model: "DiffusionModel", scale: float) -> Clips:
     """Samples of consecutive seeds, rounded to 8 bits as a file would hold them."""
     from .data.transforms import to_frames, to_video
     from .generation import require_finite
@@ -328,18 +355,26 @@ def _generated(cfg: DictConfig, model: "DiffusionModel", count: int, scale: floa
     generator = model.generator(build(cfg.sampler), guidance_scale=scale, noise_level=cfg.noise_level)
     if cfg.machine.compile:
         compile_in_place(generator.networks())
-    for start in range(0, count, cfg.batch_size):
-        seeds = [cfg.first_seed + i for i in range(start, min(start + cfg.batch_size, count))]
+
+    def clips(numbers: list[int]) -> "Tensor":
+        seeds = [cfg.first_seed + number for number in numbers]
         video = generator.decode(generator.sample_window(seeds, labels_of(model, seeds, None)))
-        yield to_video(to_frames(require_finite(video.cpu()))).to(generator.device)
+        return to_video(to_frames(require_finite(video.cpu()))).to(generator.device)
+
+    return clips
 
 
 def _training_pixels(dataset: "ClipDataset", batch_size: int, device: "torch.device") -> "Tensor":
     """Small versions of one clip of each training video (2,048 at most)."""
     import torch
 
-    count = min(len(dataset), 2048)
-    return torch.cat([_pixels(video) for video in _real_clips(dataset, count, batch_size, device)])
+    count, clips = min(len(dataset), 2048), _real_clips(dataset, device)
+    return torch.cat(
+        [
+            _pixels(clips(list(range(begin, min(begin + batch_size, count)))))
+            for begin in range(0, count, batch_size)
+        ]
+    )
 
 
 def _clips_at(dataset: "ClipDataset", positions: list[int], device: "torch.device") -> "Tensor":
@@ -347,7 +382,7 @@ def _clips_at(dataset: "ClipDataset", positions: list[int], device: "torch.devic
 
     batch = to_batch(collate([dataset[position] for position in positions]), device)
     assert isinstance(batch, Batch)
-    return batch.video.cpu()
+    return batch.video
 
 
 def _reconstruction(

@@ -1,7 +1,6 @@
 """Make videos with a trained model: ``python -m src.sample model=runs/ucf101/model``."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,9 +31,6 @@ def main(cfg: DictConfig) -> None:
     """Writes one mp4 a sample, a contact sheet, and a list of seeds and classes."""
     from contextlib import ExitStack
 
-    import torch
-    import torch.distributed
-    from accelerate import PartialState
     from tqdm import tqdm
 
     from .data.transforms import to_frames
@@ -42,6 +38,7 @@ def main(cfg: DictConfig) -> None:
     from .generation import require_finite
     from .model_folder import fingerprint, load_diffusion
     from .training.device import compile_in_place, pick_device
+    from .training.share import Share
 
     machine: MachineSettings = typed(cfg, "machine", MachineSettings)
     scale = typed(cfg, "guidance", GuidanceSettings).scale
@@ -50,10 +47,7 @@ def main(cfg: DictConfig) -> None:
         raise ConfigError(
             f"num_samples and batch_size must be at least 1, got {cfg.num_samples}, {cfg.batch_size}"
         )
-    processes = PartialState(cpu=not torch.cuda.is_available()) if "WORLD_SIZE" in os.environ else None
-    rank = 0 if processes is None else processes.process_index
-    world_size = 1 if processes is None else processes.num_processes
-
+    share = Share()
     model = load_diffusion(cfg.model).to(pick_device())
     generator = model.generator(build(cfg.sampler), guidance_scale=scale, noise_level=cfg.noise_level)
     if machine.compile:
@@ -68,15 +62,16 @@ def main(cfg: DictConfig) -> None:
         )
     folder = Path(cfg.output) if cfg.output else Path(cfg.model).parent / "samples"
     made_by = recipe(cfg, fingerprint(Path(cfg.model)), num_frames)
-    refuse_other_samples(folder, made_by)
+    if share.rank == 0:  # the others would find what it is about to make
+        refuse_other_samples(folder, made_by)
     folder.mkdir(parents=True, exist_ok=True)
 
     seeds = [cfg.first_seed + i for i in range(cfg.num_samples)]
-    mine = seeds[rank::world_size]
     names = {seed: folder / f"sample_{seed:06d}.mp4" for seed in seeds}
-    with tqdm(total=len(mine) * num_frames, unit="frame", desc="sampling", disable=rank > 0) as bar:
-        for start in range(0, len(mine), cfg.batch_size):
-            batch = mine[start : start + cfg.batch_size]
+    batches = [[seeds[i] for i in batch] for batch in share.batches(len(seeds), cfg.batch_size)]
+    total = sum(map(len, batches)) * num_frames
+    with tqdm(total=total, unit="frame", desc="sampling", disable=share.rank > 0) as bar:
+        for batch in batches:
             labels = labels_of(model, batch, cfg.labels)
             with ExitStack() as files:
                 writers = [files.enter_context(VideoWriter(names[seed], model.data.fps)) for seed in batch]
@@ -84,13 +79,10 @@ def main(cfg: DictConfig) -> None:
                     for writer, frames in zip(writers, to_frames(require_finite(video.cpu())), strict=True):
                         writer.write(frames)
                     bar.update(video.shape[0] * video.shape[2])
-    if processes is not None:
-        processes.wait_for_everyone()
-    if rank == 0:
+    share.close()
+    if share.rank == 0:
         _describe(cfg, model, folder, made_by, [names[seed] for seed in seeds], seeds)
         print(f"{len(seeds)} videos of {num_frames} frames: {folder}")
-    if world_size > 1:
-        torch.distributed.destroy_process_group()
 
 
 def videos(
