@@ -93,7 +93,7 @@ def ours(num_steps: int, log_every: int) -> float:
             statistics=list,
             clips_of=lambda step: [],
             export=lambda module, step: None,
-            ema_decay=None,
+            ema=None,
             settings=LoopSettings(
                 num_steps=num_steps,
                 warmup_steps=0,
@@ -103,6 +103,7 @@ def ours(num_steps: int, log_every: int) -> float:
                 preview_every=0,
                 evaluate_every=0,
                 save_every=0,
+                snapshot_every=0,
                 keep_states=1,
                 keep_every=0,
                 on_nonfinite="stop",

@@ -4,6 +4,7 @@ VERBS = {
     "prepare": "check a data set, fetch weights",
     "train": "train an autoencoder or a diffusion model; the same command resumes",
     "encode": "encode a data set once, for the training of a diffusion model",
+    "average": "make another moving average of a run's weights, after training",
     "sample": "make videos with a trained model",
     "evaluate": "measure a model, or a folder of videos, against real ones",
     "convert": "turn checkpoints of the released LVDM code into model folders, and back",

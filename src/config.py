@@ -59,6 +59,7 @@ HARMLESS = (
     "train.on_nonfinite",
     "train.max_skipped",
     "train.profile",
+    "ema.snapshot_every",
     "resume",
     "train.micro_batch_size",
     "train.num_held_out",
@@ -140,10 +141,12 @@ class LoggerSettings:
 
 @dataclass
 class EmaSettings:
-    """The ``ema`` node: a decay a step, or a half-life in clips; both null means no averaging."""
+    """The ``ema`` node: a decay a step, a half-life in clips, or relative lengths; all null: no averaging."""
 
     decay: float | None
     half_life: float | None
+    sigma_rel: list[float] | None
+    snapshot_every: int
 
     def per_step(self, batch_size: int) -> float | None:
         """The decay of one step of so many clips.
@@ -151,13 +154,14 @@ class EmaSettings:
         Raises:
             ConfigError: if both are given, or the half-life isn't positive.
         """
+        given = [value for value in (self.decay, self.half_life, self.sigma_rel) if value is not None]
+        if len(given) > 1 or (self.half_life is not None and self.half_life <= 0):
+            raise ConfigError(
+                f"ema.decay={self.decay}, ema.half_life={self.half_life}, ema.sigma_rel={self.sigma_rel}: "
+                "give one of them, and a half-life above 0"
+            )
         if self.half_life is None:
             return self.decay
-        if self.decay is not None or self.half_life <= 0:
-            raise ConfigError(
-                f"ema.decay={self.decay}, ema.half_life={self.half_life}: give one of them, and a half-life "
-                "above 0"
-            )
         return float(0.5 ** (batch_size / self.half_life))
 
 
@@ -254,6 +258,16 @@ class EncodeConfig:
     batch_size: int
     machine: MachineSettings
     dataset: Any
+
+
+@dataclass
+class AverageConfig:
+    """Top-level keys of ``python -m src.average``."""
+
+    run: str
+    output: str
+    sigma_rel: float
+    step: int | None
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Train a stage: ``python -m src.train +experiment=ucf101``. The same command resumes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .diffusion.conditioning import FrameMasking
     from .model_folder import DataRecord
     from .stages.stage import Stage
+    from .training.ema import Averages
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
@@ -146,10 +147,15 @@ def main(cfg: DictConfig) -> None:
         held_out=held_out_clips,
         statistics=statistics,
         export=partial(save_model, folder / "model"),
-        ema_decay=averages.per_step(settings.batch_size),
+        ema=ema_of(averages, settings.batch_size),
         clips_of=clips_of,
         settings=LoopSettings(
-            **{name: getattr(settings, name) for name in LoopSettings.__dataclass_fields__}
+            snapshot_every=averages.snapshot_every if averages.sigma_rel else 0,
+            **{
+                name: getattr(settings, name)
+                for name in LoopSettings.__dataclass_fields__
+                if name != "snapshot_every"
+            },
         ),
         accelerator=accelerator,
         folder=folder,
@@ -173,6 +179,17 @@ def main(cfg: DictConfig) -> None:
         seed=cfg.seed,
     )
     accelerator.print(f"model: {folder / 'model'}")
+
+
+def ema_of(averages: EmaSettings, batch_size: int) -> "Callable[[Mapping[str, nn.Module]], Averages] | None":
+    """What makes the moving averages that the ``ema`` node describes."""
+    from .training.ema import Ema, PostHocEma
+
+    decay = averages.per_step(batch_size)
+    lengths = averages.sigma_rel
+    if lengths is not None:
+        return lambda modules: PostHocEma(modules, lengths)
+    return None if decay is None else lambda modules: Ema(modules, decay)
 
 
 SaveModel = Callable[[Path, "nn.Module", int], None]

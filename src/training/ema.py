@@ -1,10 +1,14 @@
-"""Exponential moving averages of weights, kept as modules that can be used as they are."""
+"""Moving averages of weights, kept as modules that can be used as they are."""
 
 import copy
+import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from ..data.storage import atomic_folder, save_tensors
 
 
 class Ema:
@@ -37,6 +41,11 @@ class Ema:
             for pair in zip(self.modules[name].buffers(), module.buffers(), strict=True)
         ]
 
+    @property
+    def saved(self) -> dict[str, nn.Module]:
+        """All that a resume needs, by name."""
+        return self.modules
+
     def decay_at(self, num_updates: int) -> float:
         """Decay of the update with this number, counted from 1."""
         return min(self.decay, (1 + num_updates) / (10 + num_updates))
@@ -47,3 +56,130 @@ class Ema:
         torch._foreach_lerp_(self._averages, self._weights, 1.0 - self.decay_at(num_updates))
         for average, buffer in self._buffers:
             average.copy_(buffer)
+
+    def snapshot(self, folder: Path, step: int) -> None:
+        """Nothing can be made of it later."""
+
+
+class PowerEma(Ema):
+    """Averages in which step τ of t weighs as ``τ^γ``: their length grows with training.
+
+    Args:
+        modules: unwrapped modules to follow, by name.
+        sigma_rel: the relative length, the deviation of the weights' profile as a share of t; below 0.28.
+
+    Source: Karras et al. 2024, eqs. 2 and 123 to 127.
+
+    Raises:
+        ValueError: if there is no profile of that length.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], sigma_rel: float) -> None:
+        super().__init__(modules, 0.0)
+        self.exponent = exponent_of(sigma_rel)
+
+    def decay_at(self, num_updates: int) -> float:
+        """Decay of the update with this number, counted from 1."""
+        return float((1.0 - 1.0 / num_updates) ** (self.exponent + 1.0))
+
+
+class PostHocEma:
+    """Power-function averages of several lengths, of which any other can be reconstructed after training.
+
+    The first of them is what previews and the model folder use.
+
+    Args:
+        modules: unwrapped modules to follow, by name.
+        sigmas_rel: relative lengths, for example 0.05 and 0.1.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], sigmas_rel: list[float]) -> None:
+        self.tracks = {sigma: PowerEma(modules, sigma) for sigma in sigmas_rel}
+        if len(self.tracks) < 2:
+            raise ValueError(f"ema.sigma_rel must hold at least two different lengths, got {sigmas_rel}")
+        self.modules = self.tracks[sigmas_rel[0]].modules
+
+    @property
+    def saved(self) -> dict[str, nn.Module]:
+        """All that a resume needs, by name."""
+        return {
+            f"{name}@{sigma:g}": module
+            for sigma, track in self.tracks.items()
+            for name, module in track.modules.items()
+        }
+
+    def update(self, num_updates: int) -> None:
+        """Moves all averages towards the modules."""
+        for track in self.tracks.values():
+            track.update(num_updates)
+
+    def snapshot(self, folder: Path, step: int) -> None:
+        """Writes the averages, in half precision, to ``folder/step_…/MODULE@LENGTH.safetensors``."""
+        with atomic_folder(folder / f"step_{step:09d}") as part:
+            for name, module in self.saved.items():
+                halved = {
+                    key: (value.half() if value.is_floating_point() else value).cpu().contiguous()
+                    for key, value in module.state_dict().items()
+                }
+                save_tensors(halved, part / f"{name}.safetensors")
+
+
+Averages = Ema | PostHocEma
+
+
+def exponent_of(sigma_rel: float) -> float:
+    """The exponent γ of the profile of a relative length (Karras et al. 2024, eq. 126).
+
+    Raises:
+        ValueError: if there is none above -1/2, from where on profiles can be compared.
+    """
+    # sigma_rel² = (γ + 1) / ((γ + 2)² (γ + 3)), which falls with γ from 0.289 at 0.
+    if not 0.0 < sigma_rel < 0.28:
+        raise ValueError(f"a relative length of averages must be between 0 and 0.28, got {sigma_rel}")
+    low, high = 0.0, 1.0
+    while relative_length(high) > sigma_rel:
+        high *= 2.0
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if relative_length(middle) > sigma_rel else (low, middle)
+    return 0.5 * (low + high)
+
+
+def relative_length(exponent: float) -> float:
+    """Deviation of the profile ``τ^γ`` over [0, 1]."""
+    return math.sqrt((exponent + 1.0) / ((exponent + 2.0) ** 2 * (exponent + 3.0)))
+
+
+def inner_product(one: tuple[float, float], other: tuple[float, float]) -> float:
+    """Of two profiles, each (t, γ): ``∫ p p'`` with ``p(τ) = (γ + 1) τ^γ / t^(γ + 1)`` up to t."""
+    (t, a), (u, b) = one, other
+    shared = min(t, u)
+    # In logarithms: powers of steps overflow.
+    logs = (a + b + 1.0) * math.log(shared) - (a + 1.0) * math.log(t) - (b + 1.0) * math.log(u)
+    return (a + 1.0) * (b + 1.0) / (a + b + 1.0) * math.exp(logs)
+
+
+def reconstruction_weights(
+    snapshots: list[tuple[int, float]], step: int, sigma_rel: float
+) -> tuple[Tensor, float]:
+    """How much each snapshot (its step, its relative length) counts in an average that wasn't kept.
+
+    Returns:
+        Weights float64 ``(n,)``, and the distance of the profile that they make from the wanted one, relative
+        to the norm of the latter.
+
+    Source: Karras et al. 2024, section 3.2: least squares between profiles.
+    """
+    profiles = [(float(t), exponent_of(sigma)) for t, sigma in snapshots]
+    wanted = (float(step), exponent_of(sigma_rel))
+    gram = torch.tensor([[inner_product(a, b) for b in profiles] for a in profiles], dtype=torch.float64)
+    target = torch.tensor([inner_product(a, wanted) for a in profiles], dtype=torch.float64)
+    # Profiles of neighbouring snapshots are alike: a minimum-norm solution stays tame.
+    scale = gram.diagonal().rsqrt()
+    scaled = torch.linalg.lstsq(
+        scale[:, None] * gram * scale, (scale * target)[:, None], rcond=1e-12, driver="gelsd"
+    ).solution[:, 0]
+    weights = scale * scaled
+    norm = inner_product(wanted, wanted)
+    squared = norm - 2.0 * float(weights @ target) + float(weights @ gram @ weights)
+    return weights, math.sqrt(max(squared, 0.0) / norm)

@@ -17,7 +17,7 @@ from ..data.sampler import Batch, LatentBatch, derive_seed
 from ..stages.stage import Stage
 from . import checkpoint
 from .console import Console
-from .ema import Ema
+from .ema import Averages
 from .interruption import Interrupted, StopRequests
 from .learning_rate import learning_rate_factor
 from .numbers import Pending
@@ -39,6 +39,7 @@ class LoopSettings:
         preview_every: videos to look at.
         evaluate_every: numbers on held-out clips.
         save_every: training state, and the model folder with it.
+        snapshot_every: averages from which others can be reconstructed, if they are of that kind.
         keep_states: how many of the last states stay.
         keep_every: states of these steps stay, too.
         on_nonfinite: ``stop`` at a number that isn't finite, or ``skip`` the step and count it.
@@ -54,6 +55,7 @@ class LoopSettings:
     preview_every: int
     evaluate_every: int
     save_every: int
+    snapshot_every: int
     keep_states: int
     keep_every: int
     on_nonfinite: Literal["stop", "skip"]
@@ -79,7 +81,7 @@ def train(
     statistics: Callable[[], Iterable[Batch]],
     clips_of: Callable[[int], list[str]],
     export: Callable[[nn.Module, int], None],
-    ema_decay: float | None,
+    ema: Callable[[Mapping[str, nn.Module]], Averages] | None,
     settings: LoopSettings,
     accelerator: Accelerator,
     folder: Path,
@@ -99,7 +101,7 @@ def train(
         statistics: training clips for what the stage measures at its end.
         clips_of: names the clips of a step, counted from 1, for messages.
         export: writes the model folder of a module at a step; called on the main process.
-        ema_decay: of the moving averages that previews, numbers and the model folder use; None for none.
+        ema: makes the moving averages that previews, numbers and the model folder use; None for none.
         settings: lengths and periods.
         accelerator: devices, precision, gradient accumulation.
         folder: of the run.
@@ -126,14 +128,14 @@ def train(
     for module in bare.values():
         module.to(accelerator.device).train()
     # The averages are copied first: preparing for mixed precision patches a module's forward in place.
-    ema = Ema(bare, ema_decay) if ema_decay is not None else None
+    averages = ema(bare) if ema is not None else None
     modules = {name: accelerator.prepare(module) for name, module in bare.items()}
-    shown = ema.modules if ema is not None else bare
+    shown = averages.modules if averages is not None else bare
 
     # Where a former run of the same command stopped.
     state = checkpoint.State(
         modules=bare,
-        averages=ema.modules if ema is not None else {},
+        averages=averages.saved if averages is not None else {},
         optimizers=optimizers,
         running=stage.running,
         progress={"step": 0, "seconds": 0.0, "skipped": 0, "pending": {}},
@@ -261,8 +263,8 @@ def train(
                         pending.add(step + 1, update.name, numbers)
                     synchronized = accelerator.sync_gradients
             step += 1
-            if ema is not None:
-                ema.update(step)
+            if averages is not None:
+                averages.update(step)
             console.advance()
             if profiler is not None:
                 profiler.step()
@@ -271,6 +273,8 @@ def train(
                 log()
             if every(step, settings.preview_every) or every(step, settings.evaluate_every):
                 look(every(step, settings.preview_every), every(step, settings.evaluate_every))
+            if averages is not None and main and every(step, settings.snapshot_every):
+                averages.snapshot(folder / "averages", step)
             saves = every(step, settings.save_every) and step < settings.num_steps
             if saves:
                 log()
@@ -295,6 +299,8 @@ def train(
     if not at_the_end_already:  # or else the numbers of the last step are there
         look(preview=True, evaluate=True)
     save()
+    if main and averages is not None and settings.snapshot_every:
+        averages.snapshot(folder / "averages", step)
     if main:
         export(shown[stage.exported], step)
     accelerator.wait_for_everyone()

@@ -17,6 +17,7 @@ from src.data.sampler import Batch
 from src.stages.stage import Modules, Update
 from src.training import checkpoint
 from src.training.device import make_accelerator
+from src.training.ema import Ema
 from src.training.interruption import Interrupted, StopRequests
 from src.training.loop import LoopSettings, check_resume, reseed, train
 from src.training.numbers import NonFiniteError, Pending
@@ -75,8 +76,8 @@ def clips(bad_step: int | None = None) -> Callable[[int], Iterator[Batch]]:
 def settings_of(**changes: Any) -> LoopSettings:
     values: dict[str, Any] = {
         "num_steps": 12, "warmup_steps": 0, "decay": "constant", "clip_norm": 0.0, "log_every": 5,
-        "preview_every": 0, "evaluate_every": 0, "save_every": 0, "keep_states": 2, "keep_every": 0,
-        "on_nonfinite": "stop", "max_skipped": 3, "profile": False,
+        "preview_every": 0, "evaluate_every": 0, "save_every": 0, "snapshot_every": 0,
+        "keep_states": 2, "keep_every": 0, "on_nonfinite": "stop", "max_skipped": 3, "profile": False,
     }  # fmt: skip
     return LoopSettings(**(values | changes))
 
@@ -96,7 +97,7 @@ def run(
         statistics=list,
         clips_of=lambda step: [f"clip_{2 * step - 2}.mp4", f"clip_{2 * step - 1}.mp4"],
         export=lambda module, step: (folder / "model").mkdir(exist_ok=True),
-        ema_decay=0.9,
+        ema=lambda modules: Ema(modules, 0.9),
         settings=settings_of(**changes),
         accelerator=accelerator,
         folder=folder,

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from src.average import snapshots_of
+from src.config import ConfigError
 from src.models.layers import FrameConv3d
 from src.training import checkpoint
-from src.training.ema import Ema
+from src.training.ema import Ema, PostHocEma, PowerEma, exponent_of, reconstruction_weights
 from src.training.learning_rate import learning_rate_factor
 from src.training.tracker import Tracker
 
@@ -42,6 +45,51 @@ def test_average_follows_its_recursion() -> None:
     average = ema.modules["layer"]
     assert average.weight.item() == pytest.approx(expected, rel=1e-6)
     assert average.seen.item() == 29 and not average.weight.requires_grad
+
+
+def test_lengths_of_power_averages_are_those_of_their_profiles() -> None:
+    """Karras et al. 2024, section 3.1, tell two exponents; the deviation of a profile is also summed."""
+    assert exponent_of(0.05) == pytest.approx(16.97, abs=5e-3)
+    assert exponent_of(0.10) == pytest.approx(6.94, abs=5e-3)
+    times = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    for sigma in (0.02, 0.1, 0.2):
+        profile = times ** exponent_of(sigma)
+        profile /= profile.sum()
+        mean = (profile * times).sum()
+        assert ((profile * (times - mean) ** 2).sum().sqrt().item()) == pytest.approx(sigma, rel=1e-4)
+    with pytest.raises(ValueError, match="between 0 and 0.28"):
+        exponent_of(0.3)
+
+
+def test_any_average_is_reconstructed_after_training(tmp_path: Path) -> None:
+    """Of a random walk, against averages of these lengths that were kept all along."""
+    torch.manual_seed(0)
+    layer = nn.Linear(50, 1, bias=False)
+    kept = PostHocEma({"unet": layer}, [0.05, 0.1])
+    truth = {sigma: PowerEma({"unet": layer}, sigma) for sigma in (0.05, 0.07, 0.15)}
+    with torch.no_grad():
+        for step in range(1, 1001):
+            layer.weight.mul_(0.999).add_(0.1 * torch.randn(1, 50) + 0.01)
+            for average in (kept, *truth.values()):
+                average.update(step)
+            if step % 50 == 0:
+                kept.snapshot(tmp_path / "averages", step)
+    found = snapshots_of(tmp_path, "unet", None)
+    assert len(found) == 40 and max(found) == (1000, 0.1)
+    for sigma, limit in ((0.05, 1e-3), (0.07, 2e-3), (0.15, 4e-3)):  # half precision alone makes 5e-4
+        weights, distance = reconstruction_weights(list(found), 1000, sigma)
+        assert distance < (1e-6 if sigma == 0.05 else 0.01)
+        made = sum(
+            w * load_file(path)["weight"].double() for w, path in zip(weights, found.values(), strict=True)
+        )
+        wanted = truth[sigma].modules["unet"].weight.double()
+        assert ((made - wanted).norm() / wanted.norm()).item() < limit
+    earlier = snapshots_of(tmp_path, "unet", 500)
+    assert max(earlier) == (500, 0.1)
+    with pytest.raises(ConfigError, match="later than the last snapshot, of step 1000"):
+        snapshots_of(tmp_path, "unet", 1500)
+    with pytest.raises(FileNotFoundError, match="ema=post_hoc"):
+        snapshots_of(tmp_path / "none", "unet", None)
 
 
 def make_state(step: int) -> checkpoint.State:
