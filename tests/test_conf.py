@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from src.config import (
     CONF,
     EXPERIMENTS,
+    AverageConfig,
     ConvertConfig,
     EmaSettings,
     EncodeConfig,
@@ -234,6 +235,7 @@ def test_every_option_changes_an_output(group: str) -> None:
         ("encode", EncodeConfig, ["model=x", "output=y"]),
         ("prepare", PrepareConfig, ["dataset=synthetic"]),
         ("convert", ConvertConfig, ["preset=short_sky", "checkpoint=x", "output=y"]),
+        ("average", AverageConfig, ["run=x", "output=y"]),
         ("report", ReportConfig, ["runs=[x]", "output=y"]),
     ],
 )
