@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import functools
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
@@ -476,6 +477,8 @@ def _meant(config_name: str, arguments: list[str]) -> str:
         else:
             values.append(key)
     GlobalHydra.instance().clear()
+    if "machine=slurm" in arguments and importlib.util.find_spec("submitit") is None:
+        return "machine=slurm needs the package hydra-submitit-launcher: pip install -e '.[cluster]'"
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = hydra.compose(config_name, overrides=chosen)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from src.config import (
@@ -181,7 +182,10 @@ def of_preset(option: str) -> Any:
 def of_machine(option: str) -> Any:
     cfg = composed("train", f"machine={option}", "name=x", "autoencoder.folder=x")
     check(cfg, TrainConfig)
-    return OmegaConf.to_yaml(cfg.machine)
+    overrides = ["name=x", "autoencoder.folder=x", f"machine={option}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        launcher = compose("train", overrides, return_hydra_config=True).hydra.launcher._target_
+    return OmegaConf.to_yaml(cfg.machine) + launcher
 
 
 def of_experiment(option: str) -> Any:

@@ -190,6 +190,31 @@ def test_asked_to_stop_it_saves_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
+def test_a_preempted_job_saves_and_its_launcher_queues_it_again(home: Path, tmp_path: Path) -> None:
+    """With the launcher of machine=slurm, whose local twin needs no cluster."""
+    data = [e for e in at(home) if not e.startswith("runs=")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "src.train", "-m", "+experiment=tiny_autoencoder", "name=job", *data,
+         f"runs={tmp_path}", "hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path}/multirun",
+         "train.num_steps=500", "train.log_every=10", "logger=jsonl"],
+        cwd=ROOT, env=environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    run, deadline = tmp_path / "job", time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(rows(run)) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    told = subprocess.run(
+        ["pgrep", "-f", f"submitit.core._submit {tmp_path}"], capture_output=True, text=True
+    )
+    os.kill(int(told.stdout.split()[0]), signal.SIGUSR2)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    record = json.loads((run / "run.json").read_text())
+    assert len(record["starts"]) == 2 and record["step"] == 500
+    assert [row["step"] for row in rows(run) if "autoencoder/loss" in row] == list(range(10, 501, 10))
+
+
+@pytest.mark.slow
 def test_two_processes_make_and_measure_the_same(home: Path) -> None:
     """Up to the rounding of smaller batches, which video compression can enlarge."""
     from src.data.video import read_clip
