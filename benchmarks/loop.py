@@ -30,6 +30,7 @@ class OneWeight:
     """A stage whose only module is one weight."""
 
     exported = "weight"
+    higher_is_better: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.modules: dict[str, nn.Module] = {"weight": nn.Linear(1, 1, bias=False)}
@@ -92,7 +93,7 @@ def ours(num_steps: int, log_every: int) -> float:
             held_out=list,
             statistics=list,
             clips_of=lambda step: [],
-            export=lambda module, step: None,
+            export=lambda name, module, step: None,
             ema=None,
             settings=LoopSettings(
                 num_steps=num_steps,
@@ -106,6 +107,7 @@ def ours(num_steps: int, log_every: int) -> float:
                 snapshot_every=0,
                 keep_states=1,
                 keep_every=0,
+                best_metric=None,
                 on_nonfinite="stop",
                 max_skipped=0,
                 profile=False,

@@ -57,6 +57,7 @@ HARMLESS = (
     "train.save_every",
     "train.keep_states",
     "train.keep_every",
+    "train.best_metric",
     "train.on_nonfinite",
     "train.max_skipped",
     "train.profile",
@@ -102,6 +103,7 @@ class TrainSettings:
     save_every: int
     keep_states: int
     keep_every: int
+    best_metric: str | None
     on_nonfinite: str
     max_skipped: int
     profile: bool

@@ -1,7 +1,6 @@
 """Train a stage: ``python -m src.train +experiment=ucf101``. The same command resumes."""
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +145,7 @@ def main(cfg: DictConfig) -> None:
         batches=training_batches,
         held_out=held_out_clips,
         statistics=statistics,
-        export=partial(save_model, folder / "model"),
+        export=lambda name, module, step: save_model(folder / name, module, step),
         ema=ema_of(averages, settings.batch_size),
         clips_of=clips_of,
         settings=LoopSettings(

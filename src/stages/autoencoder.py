@@ -1,5 +1,6 @@
 """Learning the video autoencoder: pixels, perception, an adversary (LVDM, section 3.2)."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
@@ -10,8 +11,14 @@ from torch import Tensor, nn
 
 from ..data.sampler import Batch, LatentBatch, randn_per_clip
 from ..metrics.reconstruction import psnr, ssim
+from ..metrics.video_statistics import contrast, motion_energy
 from ..models.autoencoder import Autoencoder3d, LatentSpace
 from .stage import Modules, Update
+
+# Below this share of the real clips' contrast or motion, reconstructions count as collapsed.
+COLLAPSED = 0.1
+# Of the running means of logits, per step (Tseng et al. 2021).
+LECAM_DECAY = 0.99
 
 
 class AutoencoderStage:
@@ -36,6 +43,10 @@ class AutoencoderStage:
         max_adaptive_weight: limit of the ratio of gradient norms. The released code's loss is a sum over the
             c h w of a frame, ours a mean: its limit of 1e4 is 1e4 / (c h w) here.
         kl_weight: weight of the divergence.
+        r1_weight: weight of the discriminator's squared gradient at real clips, halved (Mescheder et al.
+            2018, eq. 9); 0 for none.
+        lecam_weight: weight of LeCAM's pull of the discriminator's logits towards the running mean of those
+            of the other side (Tseng et al. 2021, eq. 4); 0 for none.
         seed: of the posterior's samples.
         mean_over_processes: averages a tensor over processes.
 
@@ -44,6 +55,7 @@ class AutoencoderStage:
     """
 
     exported = "autoencoder"
+    higher_is_better = ("psnr", "ssim")
 
     def __init__(
         self,
@@ -58,6 +70,8 @@ class AutoencoderStage:
         adversarial_start: int,
         max_adaptive_weight: float,
         kl_weight: float,
+        r1_weight: float,
+        lecam_weight: float,
         seed: int,
         mean_over_processes: Callable[[Tensor], Tensor],
     ) -> None:
@@ -78,6 +92,8 @@ class AutoencoderStage:
         self.adversarial_start = adversarial_start
         self.max_adaptive_weight = max_adaptive_weight
         self.kl_weight = kl_weight
+        self.r1_weight = r1_weight
+        self.lecam_weight = lecam_weight
         self.seed = seed
         self.mean_over_processes = mean_over_processes
         self._step_of_sums: int | None = None
@@ -90,6 +106,8 @@ class AutoencoderStage:
                 "reconstruction_gradient": torch.zeros(last.shape),
                 "adversarial_gradient": torch.zeros(last.shape),
                 "num_micro_batches": torch.zeros(()),
+                "logits": torch.zeros(2),  # running means of those of real and of reconstructed clips
+                "sum_of_logits": torch.zeros(2),
                 "step": torch.full((), -1, dtype=torch.int64),
             }
 
@@ -119,7 +137,8 @@ class AutoencoderStage:
             self.discriminator.requires_grad_(False)
             opinion = -self.discriminator(reconstruction).mean()
             self.discriminator.requires_grad_(True)
-            weight = self._adaptive_weight(loss, opinion, bare.last_layer, step)
+            self._begin_step(step, bare.last_layer.device)
+            weight = self._adaptive_weight(loss, opinion, bare.last_layer)
             metrics["adversarial"], metrics["adaptive_weight"] = opinion.detach(), weight
             metrics |= {f"gradient_norm_of/{name}": norm for name, norm in self.gradient_norms.items()}
             loss = loss + self.adversarial_weight * weight * opinion
@@ -129,39 +148,57 @@ class AutoencoderStage:
 
         if adversarial:
             pair = torch.cat([video, reconstruction.detach()])
+            if self.r1_weight > 0:
+                pair.requires_grad_(True)
             real, fake = modules["discriminator"](pair).chunk(2)
             metrics = {"real": real.detach().mean(), "fake": fake.detach().mean()}
-            yield Update("discriminator", self.separate(real, fake), metrics)
+            loss = self.separate(real, fake)
+            if self.r1_weight > 0:
+                (gradient,) = torch.autograd.grad(real.sum(), pair, create_graph=True)
+                penalty = 0.5 * gradient.square().sum((1, 2, 3, 4))[: len(video)].mean()
+                metrics["r1"] = penalty.detach()
+                loss = loss + self.r1_weight * penalty
+            if self.lecam_weight > 0:
+                of_real, of_fake = self.running["logits"]
+                pull = (real - of_fake).square().mean() + (fake - of_real).square().mean()
+                metrics["lecam"] = pull.detach()
+                loss = loss + self.lecam_weight * pull
+            self.running["sum_of_logits"] += torch.stack([metrics["real"], metrics["fake"]]).float()
+            yield Update("discriminator", loss, metrics)
 
-    def _adaptive_weight(
-        self, reconstruction: Tensor, opinion: Tensor, last_layer: Tensor, step: int
-    ) -> Tensor:
-        """The weight from the previous step's gradients; adds this micro-batch's to the running sums."""
-        running = self.running = {name: value.to(last_layer.device) for name, value in self.running.items()}
+    def _begin_step(self, step: int, device: torch.device) -> None:
+        """At a new step, makes the last one's sums over micro-batches and processes into running values."""
+        running = self.running = {name: value.to(device) for name, value in self.running.items()}
         if self._step_of_sums is None:  # just built, or just resumed
             self._step_of_sums = int(running["step"])
-        if self._step_of_sums != step:
-            sums = torch.stack([running["reconstruction_gradient"], running["adversarial_gradient"]])
-            if self._step_of_sums >= 0:
-                means = self.mean_over_processes(sums) / running["num_micro_batches"]
-                norms = means.flatten(1).norm(dim=1)
-                weight = (norms[0] / (norms[1] + 1e-4)).clamp_max(self.max_adaptive_weight)
-                # A step that wasn't finite, and was skipped, leaves the weight as it was.
-                running["adaptive_weight"] = torch.where(
-                    weight.isfinite(), weight, running["adaptive_weight"]
-                )
-                self.gradient_norms = {"reconstruction": norms[0], "adversarial": norms[1]}
-            running["reconstruction_gradient"] = torch.zeros_like(sums[0])
-            running["adversarial_gradient"] = torch.zeros_like(sums[1])
-            running["num_micro_batches"] = torch.zeros_like(running["num_micro_batches"])
-            running["step"] = torch.full_like(running["step"], step)
-            self._step_of_sums = step
+        if self._step_of_sums == step:
+            return
+        if self._step_of_sums >= 0:
+            names = ("reconstruction_gradient", "adversarial_gradient", "sum_of_logits")
+            sums = torch.cat([running[name].flatten() for name in names])
+            means = self.mean_over_processes(sums) / running["num_micro_batches"]
+            first, second, logits = means.split([running[name].numel() for name in names])
+            norms = torch.stack([first.norm(), second.norm()])
+            weight = (norms[0] / (norms[1] + 1e-4)).clamp_max(self.max_adaptive_weight)
+            # The first step's logits are the mean; a step that wasn't finite, and was skipped, leaves all as
+            # it was.
+            averaged = torch.lerp(logits, running["logits"], LECAM_DECAY * running["logits"].any())
+            for name, value in (("adaptive_weight", weight), ("logits", averaged)):
+                running[name] = torch.where(value.isfinite(), value, running[name])
+            self.gradient_norms = {"reconstruction": norms[0], "adversarial": norms[1]}
+        for name in ("reconstruction_gradient", "adversarial_gradient", "sum_of_logits", "num_micro_batches"):
+            running[name] = torch.zeros_like(running[name])
+        running["step"] = torch.full_like(running["step"], step)
+        self._step_of_sums = step
+
+    def _adaptive_weight(self, reconstruction: Tensor, opinion: Tensor, last_layer: Tensor) -> Tensor:
+        """The weight from the previous step's gradients; adds this micro-batch's to the running sums."""
         (first,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
         (second,) = torch.autograd.grad(opinion, last_layer, retain_graph=True)
-        running["reconstruction_gradient"] += first.detach().float()
-        running["adversarial_gradient"] += second.detach().float()
-        running["num_micro_batches"] += 1
-        return running["adaptive_weight"].clone()
+        self.running["reconstruction_gradient"] += first.detach().float()
+        self.running["adversarial_gradient"] += second.detach().float()
+        self.running["num_micro_batches"] += 1
+        return self.running["adaptive_weight"].clone()
 
     @torch.no_grad()
     def preview(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:
@@ -171,13 +208,42 @@ class AutoencoderStage:
 
     @torch.no_grad()
     def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
-        """PSNR (dB) and SSIM of reconstructions of held-out clips."""
-        scores: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
+        """Reconstructions of held-out clips: PSNR (dB), SSIM, perceptual distance, contrast and motion.
+
+        The last two are shares of the real clips'; a collapse (grey or frozen clips) is warned of.
+        """
+        scores: dict[str, list[Tensor]] = {}
         for batch in batches:
-            reconstruction = _reconstruct(_latent_space(modules), batch.video)
-            scores["psnr"].append(psnr(reconstruction, batch.video))
-            scores["ssim"].append(ssim(reconstruction, batch.video))
-        return {name: float(torch.cat(values).mean()) for name, values in scores.items()}
+            video, reconstruction = batch.video, _reconstruct(_latent_space(modules), batch.video)
+            told = {
+                "psnr": psnr(reconstruction, video),
+                "ssim": ssim(reconstruction, video),
+                "contrast": contrast(reconstruction).mean(1),
+                "contrast of real": contrast(video).mean(1),
+                "motion": motion_energy(reconstruction).mean(1),
+                "motion of real": motion_energy(video).mean(1),
+            }
+            if self.perceptual is not None:
+                # Clip by clip: its activations are many times the size of a clip.
+                pairs = zip(reconstruction, video, strict=True)
+                told["perceptual"] = torch.stack(
+                    [self.perceptual(x.transpose(0, 1), y.transpose(0, 1)).mean() for x, y in pairs]
+                )
+            for name, values in told.items():
+                scores.setdefault(name, []).append(values)
+        means = {name: float(torch.cat(values).mean()) for name, values in scores.items()}
+        for name, meaning in (("contrast", "of one colour"), ("motion", "frozen")):
+            real = means.pop(f"{name} of real", 0.0)
+            if name in means:
+                means[f"{name}_ratio"] = means.pop(name) / real if real > 0 else 1.0
+                if means[f"{name}_ratio"] < COLLAPSED:
+                    warnings.warn(
+                        f"reconstructions are nearly {meaning}: their {name} is {means[f'{name}_ratio']:.1%} "
+                        "of that of the real clips. The adversary may have won: lower "
+                        "stage.adversarial_weight, or go back to an earlier state",
+                        stacklevel=2,
+                    )
+        return means
 
     @torch.no_grad()
     def finish(self, modules: Modules, batches: Iterable[Batch]) -> None:

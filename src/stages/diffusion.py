@@ -46,6 +46,7 @@ class DiffusionStage:
     """
 
     exported = "unet"
+    higher_is_better: tuple[str, ...] = ()
 
     def __init__(
         self,

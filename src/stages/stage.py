@@ -40,6 +40,9 @@ class Stage(Protocol):
     exported: str
     """Name of the module that a model folder holds."""
 
+    higher_is_better: tuple[str, ...]
+    """Of the numbers that `evaluate` gives; of all others less is better."""
+
     running: dict[str, Tensor]
     """Small tensors that must survive a resume, beside the modules."""
 

@@ -42,6 +42,7 @@ class LoopSettings:
         snapshot_every: averages from which others can be reconstructed, if they are of that kind.
         keep_states: how many of the last states stay.
         keep_every: states of these steps stay, too.
+        best_metric: number on held-out clips whose best model gets a folder of its own; None for none.
         on_nonfinite: ``stop`` at a number that isn't finite, or ``skip`` the step and count it.
         max_skipped: how many steps may be skipped.
         profile: whether a few steps are traced for TensorBoard or Perfetto.
@@ -58,6 +59,7 @@ class LoopSettings:
     snapshot_every: int
     keep_states: int
     keep_every: int
+    best_metric: str | None
     on_nonfinite: Literal["stop", "skip"]
     max_skipped: int
     profile: bool
@@ -80,7 +82,7 @@ def train(
     held_out: Callable[[], Iterable[Batch]],
     statistics: Callable[[], Iterable[Batch]],
     clips_of: Callable[[int], list[str]],
-    export: Callable[[nn.Module, int], None],
+    export: Callable[[str, nn.Module, int], None],
     ema: Callable[[Mapping[str, nn.Module]], Averages] | None,
     settings: LoopSettings,
     accelerator: Accelerator,
@@ -100,7 +102,8 @@ def train(
         held_out: clips that aren't trained on, for previews and numbers.
         statistics: training clips for what the stage measures at its end.
         clips_of: names the clips of a step, counted from 1, for messages.
-        export: writes the model folder of a module at a step; called on the main process.
+        export: writes a model folder (``model``, ``model_best``) of a module at a step; called on the main
+            process.
         ema: makes the moving averages that previews, numbers and the model folder use; None for none.
         settings: lengths and periods.
         accelerator: devices, precision, gradient accumulation.
@@ -204,8 +207,22 @@ def train(
         if evaluate:
             numbers = stage.evaluate(shown, held_out())
             tracks.log(step, {"time": seconds()} | {f"held_out/{name}": x for name, x in numbers.items()})
+            keep_best(numbers)
         for module in bare.values():
             module.train()
+
+    def keep_best(numbers: Mapping[str, float]) -> None:
+        name = settings.best_metric
+        if name is None:
+            return
+        if name not in numbers:
+            raise ValueError(f"train.best_metric={name} isn't measured; choose one of {', '.join(numbers)}")
+        best, value = state.progress.get("best"), numbers[name]
+        better = best is None or (value > best if name in stage.higher_is_better else value < best)
+        if better:
+            state.progress["best"] = value
+            stage.finish(shown, statistics())
+            export("model_best", shown[stage.exported], step)
 
     def save() -> None:
         # What processes have summed apart is averaged, which is what the next step would do with it.
@@ -215,7 +232,7 @@ def train(
         }
         if main:
             state.running = running
-            state.progress = {
+            state.progress |= {
                 "step": step,
                 "seconds": seconds(),
                 "skipped": pending.num_skipped,
@@ -302,7 +319,7 @@ def train(
     if main and averages is not None and settings.snapshot_every:
         averages.snapshot(folder / "averages", step)
     if main:
-        export(shown[stage.exported], step)
+        export("model", shown[stage.exported], step)
     accelerator.wait_for_everyone()
     if tracks is not None:
         tracks.finish()

@@ -124,6 +124,8 @@ def autoencoder_loss(case: Case) -> Compute:
             adversarial_start=0,
             max_adaptive_weight=1e4 / per_frame,
             kl_weight=config["kl_weight"] / kl_share,
+            r1_weight=0.0,
+            lecam_weight=0.0,
             seed=0,
             mean_over_processes=lambda values: values,
         )

@@ -38,6 +38,7 @@ class OneWeight:
     """Learns to multiply by nothing; the loss is the mean square of weight times clip."""
 
     exported = "weight"
+    higher_is_better: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.modules: dict[str, nn.Module] = {"weight": Weight()}
@@ -77,7 +78,8 @@ def settings_of(**changes: Any) -> LoopSettings:
     values: dict[str, Any] = {
         "num_steps": 12, "warmup_steps": 0, "decay": "constant", "clip_norm": 0.0, "log_every": 5,
         "preview_every": 0, "evaluate_every": 0, "save_every": 0, "snapshot_every": 0,
-        "keep_states": 2, "keep_every": 0, "on_nonfinite": "stop", "max_skipped": 3, "profile": False,
+        "keep_states": 2, "keep_every": 0, "best_metric": None,
+        "on_nonfinite": "stop", "max_skipped": 3, "profile": False,
     }  # fmt: skip
     return LoopSettings(**(values | changes))
 
@@ -96,7 +98,7 @@ def run(
         held_out=list,
         statistics=list,
         clips_of=lambda step: [f"clip_{2 * step - 2}.mp4", f"clip_{2 * step - 1}.mp4"],
-        export=lambda module, step: (folder / "model").mkdir(exist_ok=True),
+        export=lambda name, module, step: (folder / name).mkdir(exist_ok=True),
         ema=lambda modules: Ema(modules, 0.9),
         settings=settings_of(**changes),
         accelerator=accelerator,
@@ -208,6 +210,46 @@ def test_states_of_every_nth_step_stay(tmp_path: Path) -> None:
     run(tmp_path, clips(), save_every=2, keep_states=1, keep_every=4)
     names = [path.name for path in checkpoint.list_states(tmp_path / "state")]
     assert names == ["step_000000004", "step_000000008", "step_000000012"]
+
+
+def test_the_best_model_is_kept(tmp_path: Path) -> None:
+    """Less weight is better for this stage: 1 shrinks until the rate is turned round."""
+    exports: list[tuple[str, int]] = []
+
+    class Measured(OneWeight):
+        def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
+            seen.append(None)
+            return {"score": [3.0, 1.0, 2.0, 0.5][len(seen) - 1]}
+
+    seen: list[None] = []
+    accelerator, _ = make_accelerator(precision="no", tf32=False, batch_size=2, micro_batch_size=None)
+    for higher, wanted in (((), [3, 6, 12]), (("score",), [3])):
+        stage = Measured()
+        stage.higher_is_better = higher
+        seen.clear()
+        exports.clear()
+        train(
+            stage,
+            optimizers={"weight": torch.optim.AdamW(stage.modules["weight"].parameters(), fused=True)},
+            batches=clips(),
+            held_out=list,
+            statistics=list,
+            clips_of=lambda step: [],
+            export=lambda name, module, step: exports.append((name, step)),
+            ema=None,
+            settings=settings_of(evaluate_every=3, best_metric="score", num_steps=11),
+            accelerator=accelerator,
+            folder=tmp_path / str(higher),
+            resume="auto",
+            batch_size=2,
+            tracker=lambda step: Tracker(tmp_path / "tracked", step, 8.0, tensorboard=False),
+            record=lambda step, seconds: None,
+            seed=0,
+        )
+        # The last number is measured at the end, of step 11.
+        assert [step for name, step in exports if name == "model_best"] == [min(s, 11) for s in wanted]
+    with pytest.raises(ValueError, match=r"best_metric=psnr isn't measured; choose one of weight"):
+        run(tmp_path / "other", clips(), best_metric="psnr")
 
 
 def test_a_profile_is_written(tmp_path: Path) -> None:

@@ -135,15 +135,16 @@ def test_cached_posteriors_and_clips_give_the_same_latents() -> None:
     torch.testing.assert_close(stage.latents(batch), stage.latents(cached), rtol=1e-5, atol=1e-5)
 
 
-def autoencoder_stage(max_adaptive_weight: float = 1e4) -> AutoencoderStage:
+def autoencoder_stage(**changes: float) -> AutoencoderStage:
     torch.manual_seed(0)
+    weights = {"max_adaptive_weight": 1e4, "kl_weight": 0.0, "r1_weight": 0.0, "lecam_weight": 0.0}
     return AutoencoderStage(
         Autoencoder3d(
             hidden_channels=8, downsample=(2, 2, 2), norm_groups=4, encoder_blocks=1, decoder_blocks=1
         ),
         discriminator=PatchDiscriminator(width=8, n_layers=1), perceptual=None, pixel_loss="mse",
         perceptual_weight=1.0, adversarial_weight=0.5, adversarial_loss="hinge",
-        adversarial_start=2, max_adaptive_weight=max_adaptive_weight, kl_weight=0.0, seed=0,
+        adversarial_start=2, seed=0, **(weights | changes),
         mean_over_processes=lambda values: values,
     )  # fmt: skip
 
@@ -179,10 +180,65 @@ def test_the_adversary_starts_when_told_and_weighs_by_the_gradients_of_the_step_
     assert second[0].loss.item() == pytest.approx((pixel + 0.5 * expected * opinion).item(), rel=1e-4)
 
 
+class Plane(nn.Module):
+    """One logit a clip: a weighted sum of its pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 3 * 4 * 16 * 16).reshape(3, 4, 16, 16) / 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x).sum((1, 2, 3, 4))
+
+
+def test_penalties_of_the_discriminator_have_their_closed_forms() -> None:
+    batch = big_clips()
+
+    def losses(**changes: float) -> tuple[list[float], list[dict[str, Tensor]]]:
+        stage = autoencoder_stage(**changes)
+        stage.discriminator = stage.modules["discriminator"] = Plane()
+        updates = [list(stage.updates(stage.modules, batch, step))[1] for step in (2, 3, 4)]
+        return [update.loss.item() for update in updates], [update.metrics for update in updates]
+
+    plain, metrics = losses()
+    # The gradient of a plane is its weight, everywhere.
+    squared = Plane().weight.square().sum().item()
+    with_r1, told = losses(r1_weight=10.0)
+    assert told[0]["r1"].item() == pytest.approx(0.5 * squared, rel=1e-5)
+    assert with_r1[0] - plain[0] == pytest.approx(5 * squared, rel=1e-4)
+    # LeCAM pulls towards the logits of the step before, which are the same here, of the other side.
+    real, fake = metrics[0]["real"].item(), metrics[0]["fake"].item()
+    autoencoder, plane = autoencoder_stage().modules["autoencoder"], Plane()
+    from src.data.sampler import randn_per_clip
+
+    noise = randn_per_clip(autoencoder.latent_shape(4, 16, 16), 0, batch.positions, "posterior", "cpu")
+    with torch.no_grad():
+        logits = plane(batch.video), plane(autoencoder(batch.video, noise)[0])
+    expected = ((logits[0] - fake) ** 2).mean() + ((logits[1] - real) ** 2).mean()
+    with_lecam, told = losses(lecam_weight=0.5)
+    for i in (1, 2):
+        assert told[i]["lecam"].item() == pytest.approx(expected.item(), rel=1e-4)
+        assert with_lecam[i] - plain[i] == pytest.approx(0.5 * expected.item(), rel=1e-3, abs=1e-6)
+
+
+def test_collapsed_reconstructions_are_warned_of() -> None:
+    stage = autoencoder_stage()
+    clips = big_clips()
+    numbers = stage.evaluate(stage.modules, [clips])
+    assert numbers["contrast_ratio"] > 0 and "perceptual" not in numbers
+    with torch.no_grad():
+        for parameter in stage.autoencoder.decoder.parameters():
+            parameter.zero_()
+    with pytest.warns(UserWarning, match="nearly of one colour"), pytest.warns(UserWarning, match="frozen"):
+        assert stage.evaluate(stage.modules, [clips])["motion_ratio"] == 0.0
+    still = Batch(clips.video[:, :, :1].expand_as(clips.video), clips.label, clips.positions)
+    assert stage.evaluate(stage.modules, [still])["motion_ratio"] == 1.0
+
+
 def test_the_weight_of_the_adversary_has_a_limit() -> None:
     batch, weights = big_clips(), []
     for limit in (1e4, 0.01):
-        stage = autoencoder_stage(limit)
+        stage = autoencoder_stage(max_adaptive_weight=limit)
         list(stage.updates(stage.modules, batch, 2))
         update, _ = stage.updates(stage.modules, batch, 3)
         weights.append(update.metrics["adaptive_weight"].item())
