@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from einops import rearrange
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary, hparams
@@ -106,11 +109,13 @@ class Tracker:
             self._guarded(lambda: self._wandb.log(numbers, step=step))
 
     def videos(self, step: int, videos: dict[str, Tensor]) -> None:
-        """Saves videos ``b c t h w`` in [-1, 1] as animated WebP, side by side, for TensorBoard, too."""
+        """Saves videos ``b c t h w`` in [-1, 1] as animated WebP, four a row, for TensorBoard, too."""
         for title, video in videos.items():
-            frames = to_frames(video.float().cpu())
-            side_by_side = frames.transpose(1, 2, 0, 3, 4).reshape(
-                frames.shape[1], frames.shape[2], -1, frames.shape[4]
+            columns = min(len(video), COLUMNS)
+            video = video.float().cpu()
+            black = -torch.ones_like(video[:1]).expand(-len(video) % columns, -1, -1, -1, -1)
+            side_by_side = rearrange(
+                to_frames(torch.cat([video, black])), "(r k) t h w c -> t (r h) (k w) c", k=columns
             )
             encoded = encode_preview(side_by_side, self.fps)
             path = self.folder / "previews" / f"step_{step:09d}" / f"{title}.webp"
@@ -133,6 +138,7 @@ class Tracker:
             plain = {
                 key: value if isinstance(value, bool | int | float | str) else str(value)
                 for key, value in self.settings.items()
+                if not PLUMBING.search(key)
             }
             shown = {name: value for name, value in self._last.items() if name.startswith("held_out/")}
             finite = {name: value for name, value in shown.items() if math.isfinite(value)}
@@ -149,15 +155,26 @@ class Tracker:
             self._guarded(lambda: self._wandb.finish())
 
 
-# Charts of TensorBoard's custom scalars: what belongs together, by regular expressions over names.
+COLUMNS = 4
+# Settings by which nobody compares runs: constructors, places, periods.
+PLUMBING = re.compile(
+    r"(^|\.)_|^(name|runs|resume|latents|start_from|autoencoder_from)$|^(logger|machine)\.|_every$|keep_states$"
+    r"|\.(root|cache|folder)$"
+)
+
+# Charts of TensorBoard's custom scalars: what belongs together, by regular expressions for whole names.
 LAYOUT = {
     "Learning": {
         "losses": ["Multiline", [r"^(unet|autoencoder|discriminator)/loss$"]],
-        "loss by diffusion time": ["Multiline", [r"^unet/loss_at/"]],
-        "gradient norms": ["Multiline", [r"gradient"]],
-        "learning rate": ["Multiline", [r"^learning_rate/"]],
+        "loss by diffusion time": ["Multiline", [r"^unet/loss_at/.*"]],
+        "gradient norms": ["Multiline", [r".*gradient.*"]],
+        "learning rate": ["Multiline", [r"^learning_rate/.*"]],
     },
-    "Held out": {"numbers": ["Multiline", [r"^held_out/"]]},
+    "Held out": {
+        "loss": ["Multiline", [r"^held_out/loss.*"]],
+        "PSNR in dB": ["Multiline", [r"^held_out/psnr$"]],
+        "other numbers": ["Multiline", [r"^held_out/(?!loss|psnr).*"]],
+    },
     "Machine": {
         "clips per second": ["Multiline", [r"^speed/clips_per_second$"]],
         "share of waiting for data": ["Multiline", [r"^speed/waiting_for_data$"]],

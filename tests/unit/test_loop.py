@@ -262,7 +262,9 @@ def test_settings_and_last_numbers_are_compared_in_tensorboard(tmp_path: Path) -
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams import metadata
 
-    tracker = Tracker(tmp_path, 0, 8.0, tensorboard=True, settings={"optimizer.lr": 0.1, "latents": None})
+    tracker = Tracker(
+        tmp_path, 0, 8.0, tensorboard=True, settings={"optimizer.lr": 0.1, "warmup": None, "runs": "x"}
+    )
     assert isinstance(tracker._writer, SummaryWriter)
     tracker.log(1, {"held_out/loss": 0.5, "time": 1.0})
     tracker.chart(1, {"speed/clips_per_second": 3.0})
@@ -271,7 +273,8 @@ def test_settings_and_last_numbers_are_compared_in_tensorboard(tmp_path: Path) -
     assert {"held_out/loss", "speed/clips_per_second"} <= set(events.Tags()["scalars"])
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     told = metadata.parse_session_start_info_plugin_data(content).hparams
-    assert told["optimizer.lr"].number_value == 0.1 and told["latents"].string_value == "None"
+    assert told["optimizer.lr"].number_value == 0.1 and told["warmup"].string_value == "None"
+    assert "runs" not in told
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     assert "speed" not in (tmp_path / "metrics.jsonl").read_text()
 
