@@ -221,7 +221,10 @@ def batches(
     num_workers: int,
     device: torch.device | str,
 ) -> Iterator[Batch | LatentBatch]:
-    """Load the sampler's micro-batches in order, in ``num_workers`` processes (0: in this one)."""
+    """Load the sampler's micro-batches in order, in ``num_workers`` processes (0: in this one).
+
+    Raises OSError if one of them dies, or can't read its clips.
+    """
     loader: DataLoader[dict[str, Tensor]] = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -232,8 +235,28 @@ def batches(
         # A generator of its own: the loader would otherwise draw from, and so disturb, the global one.
         generator=torch.Generator().manual_seed(0),
     )
-    for collated in loader:
+    loading = iter(loader)
+    while True:
+        try:
+            collated = next(loading)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise _explained(error) from error
         yield to_batch(collated, device)
+
+
+def _explained(error: RuntimeError) -> BaseException:
+    """What the loader's error means, if it is one of a worker's."""
+    told = str(error)
+    if told.startswith("DataLoader worker"):
+        return OSError(
+            f"a process that loads clips has died ({told.splitlines()[0]}), perhaps for lack of memory; the "
+            "same command goes on from the last saved state, and a smaller machine.num_workers needs less"
+        )
+    if told.startswith("Caught "):  # the worker's traceback, of which the last line tells
+        return OSError(f"a process that loads clips failed: {told.strip().splitlines()[-1]}")
+    return error
 
 
 def held_out_batches(

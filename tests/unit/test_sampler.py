@@ -1,3 +1,5 @@
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from src.data.sampler import (
     randint_per_clip,
     randn_per_clip,
 )
+from src.data.video import VideoError
 
 
 class Clips(Dataset[dict[str, Any]]):
@@ -123,6 +126,32 @@ def test_batches_come_in_order_and_resume(num_workers: int) -> None:
     assert first.label.tolist() == [0, 1]
     # The loader leaves the global random state alone.
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+class Fragile(Dataset[dict[str, Any]]):
+    """Its fifth item kills the process that loads it, or can't be read."""
+
+    def __init__(self, dies: bool) -> None:
+        self.dies = dies
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        if position == 5:
+            if self.dies:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise VideoError("clip.mp4", "gone")
+        return {"frames": torch.zeros(1, 2, 2, 3, dtype=torch.uint8), "label": 0, "position": position}
+
+
+@pytest.mark.parametrize(
+    "dies, message", [(True, "has died.*machine.num_workers"), (False, "clip.mp4.*gone")]
+)
+def test_a_worker_that_fails_is_one_clear_error(dies: bool, message: str) -> None:
+    sampler = PositionSampler(global_batch_size=2, micro_batch_size=2, num_steps=9)
+    loaded = []
+    with pytest.raises(OSError, match=message):
+        for batch in batches(Fragile(dies), sampler, num_workers=1, device="cpu"):
+            loaded.append(batch)
+    assert len(loaded) <= 2
 
 
 def test_latent_items_become_latent_batches() -> None:
