@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from src.data.sampler import Batch
 from src.stages.stage import Modules, Update
 from src.training.device import make_accelerator
+from src.training.interruption import StopRequests
 from src.training.loop import LoopSettings, train
 from src.training.tracker import Tracker
 
@@ -118,6 +119,7 @@ def ours(num_steps: int, log_every: int) -> float:
             batch_size=2,
             tracker=lambda step: Tracker(folder, step, 8.0, tensorboard=True),
             record=lambda step, seconds: None,
+            requests=StopRequests(),
             seed=0,
         )
     return 1e3 * (times[-1] - times[0]) / (len(times) - 1)

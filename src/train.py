@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .model_folder import DataRecord
     from .stages.stage import Stage
     from .training.ema import Averages
+    from .training.interruption import StopRequests
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
@@ -42,6 +43,21 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
 @verb("train", TrainConfig)
 def main(cfg: DictConfig) -> None:
     """Builds what the config names and hands it to the loop."""
+    from .data.sampler import explained
+    from .training.interruption import StopRequests
+
+    try:
+        with StopRequests() as requests:
+            run(cfg, requests)
+    except RuntimeError as error:
+        meant = explained(error)
+        if meant is error:
+            raise
+        raise meant from error
+
+
+def run(cfg: DictConfig, requests: "StopRequests") -> None:
+    """Trains what the config describes, until a request to stop or the end."""
     import torch
 
     from .data.sampler import Batch, LatentBatch, PositionSampler, batches, held_out_batches
@@ -175,6 +191,7 @@ def main(cfg: DictConfig) -> None:
             batch_size=settings.batch_size,
             num_processes=accelerator.num_processes,
         ).update,
+        requests=requests,
         seed=cfg.seed,
     )
     accelerator.print(f"model: {folder / 'model'}")

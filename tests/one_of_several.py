@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from src.data.sampler import Batch
 from src.training.device import make_accelerator
+from src.training.interruption import StopRequests
 from src.training.loop import train
 from src.training.tracker import Tracker
 from tests.unit.test_loop import OneWeight, settings_of
@@ -66,6 +67,7 @@ def main(micro_batch_size: int, folder: Path) -> None:
         batch_size=BATCH_SIZE,
         tracker=lambda step: Tracker(folder, step, 8.0, tensorboard=False),
         record=lambda step, seconds: None,
+        requests=StopRequests(),
         seed=0,
     )
     torch.save(stage.modules["weight"].state_dict(), folder / f"rank_{rank}_of_{world}.pt")

@@ -5,6 +5,7 @@ Data order is endless and every clip has a *position* in it. All randomness is d
 draws: only the step counter has to be remembered.
 """
 
+import atexit
 import hashlib
 import signal
 from collections.abc import Iterator, Sequence
@@ -206,12 +207,23 @@ def to_batch(collated: dict[str, Tensor], device: torch.device | str) -> Batch |
     return LatentBatch(moved["mean"], moved["std"], moved["label"], moved["position"])
 
 
+GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def _kill(workers: Sequence[Any]) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or else PyTorch would complain of their deaths
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+
+
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     # A signal to the whole group of processes asks the run to finish its step, which needs its workers; they
-    # end with the process that started them.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # end with the process that started them, or are killed by it.
+    for number in GROUP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, GROUP_SIGNALS)
 
 
 def batches(
@@ -235,19 +247,30 @@ def batches(
         # A generator of its own: the loader would otherwise draw from, and so disturb, the global one.
         generator=torch.Generator().manual_seed(0),
     )
+    # No signal may come between a worker's birth and its deafness.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
     loading = iter(loader)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    # At the end of the program workers are asked to end by a signal to which they are deaf.
+    atexit.register(_kill, getattr(loading, "_workers", []))
     while True:
         try:
             collated = next(loading)
         except StopIteration:
             return
         except RuntimeError as error:
-            raise _explained(error) from error
+            meant = explained(error)
+            if meant is error:
+                raise
+            raise meant from error
         yield to_batch(collated, device)
 
 
-def _explained(error: RuntimeError) -> BaseException:
-    """What the loader's error means, if it is one of a worker's."""
+def explained(error: RuntimeError) -> BaseException:
+    """What an error of PyTorch's loader means, as an OSError; any other error as it is.
+
+    That a worker has died PyTorch tells by a signal, so that the error may come up anywhere.
+    """
     told = str(error)
     if told.startswith("DataLoader worker"):
         return OSError(

@@ -74,19 +74,22 @@ def list_states(folder: Path) -> list[Path]:
 def load_latest(folder: Path, state: State, report: Any = print) -> bool:
     """Fills ``state`` from the newest sound state; says whether there was one.
 
-    A damaged state (a file missing or not matching its checksum) is reported, removed, and the one
-    before it is used.
+    A damaged state (a file missing or not matching its checksum) is reported, and removed once an earlier one
+    is found to be sound.
 
     Raises:
-        ValueError: if a sound state belongs to other modules.
+        ValueError: if a sound state belongs to other modules, or if none is sound.
     """
+    damaged: list[tuple[Path, Exception]] = []
     for path in reversed(list_states(folder)):
         try:
             description = _read_description(path)
         except (OSError, ValueError) as error:
-            report(f"state {path} is damaged ({error}); it is removed and the one before it is used")
-            shutil.rmtree(path, ignore_errors=True)
+            damaged.append((path, error))
             continue
+        for torn, reason in damaged:
+            report(f"state {torn} is damaged ({reason}); it is removed and {path.name} is used")
+            shutil.rmtree(torn, ignore_errors=True)
         _fill_modules(state.modules, load_tensors(path / "modules.safetensors"), path)
         _fill_modules(state.averages, load_tensors(path / "averages.safetensors"), path)
         _fill_optimizers(
@@ -98,6 +101,12 @@ def load_latest(folder: Path, state: State, report: Any = print) -> bool:
         state.running.update(running)
         state.progress.update(description["progress"])
         return True
+    if damaged:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged)
+        raise ValueError(
+            f"no state in {folder} is sound ({reasons}). Bring one back from a copy, or begin anew: choose "
+            "another name=…, or remove the run's folder"
+        )
     return False
 
 

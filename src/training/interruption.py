@@ -14,21 +14,20 @@ SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
 
 class Interrupted(RuntimeError):
-    """The run stopped because it was asked to; its state is saved."""
+    """The run stopped because it was asked to; nothing is lost."""
 
 
 class StopRequests:
-    """Listens for signals while a run trains; a second one stops it at once.
+    """Listens for signals while a run is at work.
 
+    While ``at_once`` holds, as before the first step and after the last state is saved, a signal raises at
+    once. Otherwise it is noted, for the loop to finish its step; a second Ctrl-C raises at once all the same.
     Processes of one run get a signal at different steps: they agree by the maximum of a flag, reduced with
     every step and, on a GPU, read two steps later, so that no step waits for it.
-
-    Args:
-        accelerator: device and number of processes.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    def __init__(self) -> None:
+        self.at_once = True
         self.received: int | None = None
         self.name = "another process"
         self._previous: dict[int, Any] = {}
@@ -54,17 +53,20 @@ class StopRequests:
             before(self.received, None)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        again = self.received is not None
         self.received = number
         self.name = signal.Signals(number).name
+        if number == signal.SIGINT and (again or self.at_once):
+            raise KeyboardInterrupt
+        if self.at_once:
+            raise Interrupted(f"stopped by {self.name}, with nothing to save; the same command goes on")
 
-    def agreed(self) -> bool:
+    def agreed(self, accelerator: Accelerator) -> bool:
         """Whether all processes stop after this step; to be asked after each step by all of them."""
         wanted = self.received is not None
-        if self.accelerator.num_processes == 1:
+        if accelerator.num_processes == 1:
             return wanted
-        flag = torch.tensor(float(wanted), device=self.accelerator.device)
+        flag = torch.tensor(float(wanted), device=accelerator.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         if flag.device.type != "cuda":
             return bool(flag)

@@ -91,6 +91,7 @@ def train(
     batch_size: int,
     tracker: Callable[[int], Tracker],
     record: Callable[[int, float], None],
+    requests: StopRequests,
     seed: int,
 ) -> None:
     """Trains a stage, or goes on with it where its folder's last state stopped.
@@ -114,6 +115,7 @@ def train(
         tracker: makes what numbers and videos are handed to, from a step on; called on the main process.
         record: told step and seconds of training at the start and whenever a state is saved; called on the
             main process.
+        requests: to stop; it listens already.
         seed: of everything that is random.
 
     Raises:
@@ -145,6 +147,8 @@ def train(
     )
     with accelerator.main_process_first():  # which removes damaged states before the others look
         resumed = checkpoint.load_latest(folder / "state", state, report=accelerator.print)
+    if resume == "must" and not resumed:
+        raise ValueError(f"resume=must, but {folder} holds no state to go on from; use resume=auto to begin")
     scaler = accelerator.scaler
     if scaler is not None and "scaler" in state.progress:
         scaler.load_state_dict(state.progress["scaler"])
@@ -245,7 +249,8 @@ def train(
         accelerator.wait_for_everyone()
 
     source = batches(step)
-    with StopRequests(accelerator) as requests, _profiler(settings.profile and main, folder) as profiler:
+    requests.at_once = False
+    with _profiler(settings.profile and main, folder) as profiler:
         while step < settings.num_steps:
             # Each step starts from its own random state, so that dropout survives a resume, too.
             reseed(
@@ -296,7 +301,7 @@ def train(
             if saves:
                 log()
                 save()
-            if requests.agreed() and step < settings.num_steps:
+            if requests.agreed(accelerator) and step < settings.num_steps:
                 if not saves:  # the numbers since the last row go into the state, so that rows don't change
                     pending.collect(mean_over_processes)
                     save()
@@ -310,12 +315,19 @@ def train(
 
     log()
     console.close()
+    if not at_the_end_already:
+        save()
+    requests.at_once = True  # what remains can be done again
+    if requests.received is not None:
+        raise Interrupted(f"stopped by {requests.name} after the last step; the same command does the rest")
     for module in bare.values():
         module.eval()
     stage.finish(shown, statistics())
-    if not at_the_end_already:  # or else the numbers of the last step are there
-        look(preview=True, evaluate=True)
-    save()
+    if tracks is not None:
+        best = state.progress.get("best")
+        look(not every(step, settings.preview_every), tracks.last_step_measured != step)
+        if state.progress.get("best") != best:
+            checkpoint.save(folder / "state", state, settings.keep_states, settings.keep_every)
     if main and averages is not None and settings.snapshot_every:
         averages.snapshot(folder / "averages", step)
     if main:
@@ -341,8 +353,6 @@ def check_resume(resume: Resume, folder: Path) -> None:
     if resume not in get_args(Resume):
         raise ValueError(f"unknown resume {resume!r}; choose one of {', '.join(get_args(Resume))}")
     states = checkpoint.list_states(folder / "state")
-    if resume == "must" and not states:
-        raise ValueError(f"resume=must, but {folder} holds no state to go on from; use resume=auto to begin")
     if resume == "never" and states:
         raise ValueError(
             f"resume=never, but {folder} holds a run ({states[-1].name}); choose another name=…, remove the "

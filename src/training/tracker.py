@@ -46,12 +46,14 @@ class Tracker:
         self.path = folder / "metrics.jsonl"
         self.settings = dict(settings or {})
         self._last: dict[str, float] = {}
+        self.last_step_measured: int | None = None
         folder.mkdir(parents=True, exist_ok=True)
         self._keep_rows_up_to(step)
         self._file = self.path.open("a")
         self._writer = None
         if tensorboard:
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+            # What a run that was killed has written after its last state doesn't count, be there one or not.
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
             self._writer.add_custom_scalars(LAYOUT)
         self._wandb: Any = None
         if wandb is not None:
@@ -68,9 +70,14 @@ class Tracker:
                 continue
             if row["step"] <= step:
                 rows.append(line)
-                self._last |= row
+                self._note(row)
         with atomic_path(self.path) as part:
             part.write_text("".join(f"{row}\n" for row in rows))
+
+    def _note(self, row: dict[str, Any]) -> None:
+        self._last |= {name: value for name, value in row.items() if name != "step"}
+        if any(name.startswith("held_out/") for name in row):
+            self.last_step_measured = row["step"]
 
     def _start_wandb(self, project: str) -> None:
         import wandb  # type: ignore[import-not-found, unused-ignore]
@@ -96,14 +103,18 @@ class Tracker:
         """Adds one row."""
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
         self._file.flush()
-        self._last |= numbers
+        self._note({"step": step, **numbers})
         self.chart(step, numbers)
 
     def chart(self, step: int, numbers: dict[str, float]) -> None:
         """Shows numbers that are of the machine, not of the run: they get no row."""
         if self._writer is not None:
             # One event for all, as add_scalar writes one for each, at a fifth of its time.
-            values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+            values = [
+                Summary.Value(tag=name, simple_value=value)
+                for name, value in numbers.items()
+                if name != "time"  # which TensorBoard knows itself
+            ]
             self._writer._get_file_writer().add_summary(Summary(value=values), step)
         if self._wandb is not None:
             self._guarded(lambda: self._wandb.log(numbers, step=step))

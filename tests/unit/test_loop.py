@@ -88,27 +88,29 @@ def run(
     folder: Path, batches: Callable[[int], Iterator[Batch]], fused: bool = True, **changes: Any
 ) -> OneWeight:
     """Trains one weight in a folder."""
-    stage = OneWeight()
+    stage = changes.pop("stage", None) or OneWeight()
     resume = changes.pop("resume", "auto")
     accelerator, _ = make_accelerator(precision="no", tf32=False, batch_size=2, micro_batch_size=None)
-    train(
-        stage,
-        optimizers={"weight": torch.optim.AdamW(stage.modules["weight"].parameters(), 0.1, fused=fused)},
-        batches=batches,
-        held_out=list,
-        statistics=list,
-        clips_of=lambda step: [f"clip_{2 * step - 2}.mp4", f"clip_{2 * step - 1}.mp4"],
-        export=lambda name, module, step: (folder / name).mkdir(exist_ok=True),
-        ema=lambda modules: Ema(modules, 0.9),
-        settings=settings_of(**changes),
-        accelerator=accelerator,
-        folder=folder,
-        resume=resume,
-        batch_size=2,
-        tracker=lambda step: Tracker(folder, step, 8.0, tensorboard=False),
-        record=lambda step, seconds: None,
-        seed=0,
-    )
+    with StopRequests() as requests:
+        train(
+            stage,
+            optimizers={"weight": torch.optim.AdamW(stage.modules["weight"].parameters(), 0.1, fused=fused)},
+            batches=batches,
+            held_out=list,
+            statistics=list,
+            clips_of=lambda step: [f"clip_{2 * step - 2}.mp4", f"clip_{2 * step - 1}.mp4"],
+            export=lambda name, module, step: (folder / name).mkdir(exist_ok=True),
+            ema=lambda modules: Ema(modules, 0.9),
+            settings=settings_of(**changes),
+            accelerator=accelerator,
+            folder=folder,
+            resume=resume,
+            batch_size=2,
+            tracker=lambda step: Tracker(folder, step, 8.0, tensorboard=False),
+            record=lambda step, seconds: None,
+            requests=requests,
+            seed=0,
+        )
     return stage
 
 
@@ -187,16 +189,39 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(number: int, tmp_path: Path
 def test_a_second_ctrl_c_stops_at_once() -> None:
     accelerator, _ = make_accelerator(precision="no", tf32=False, batch_size=2, micro_batch_size=None)
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), StopRequests(accelerator) as requests:
+    with pytest.raises(KeyboardInterrupt), StopRequests() as requests:
+        requests.at_once = False
         os.kill(os.getpid(), signal.SIGINT)
-        assert requests.agreed()
+        assert requests.agreed(accelerator)
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_where_nothing_is_to_be_saved_a_signal_stops_at_once() -> None:
+    with pytest.raises(Interrupted, match="SIGTERM, with nothing to save"), StopRequests():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_stopped_after_the_last_step_a_run_only_has_to_be_finished(tmp_path: Path) -> None:
+    class Stopped(OneWeight):
+        def finish(self, modules: Modules, batches: Iterable[Batch]) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def none_left(step: int) -> Iterator[Batch]:
+        raise AssertionError("nothing is left to train")
+        yield
+
+    with pytest.raises(Interrupted, match="nothing to save"):
+        run(tmp_path, clips(), stage=Stopped())
+    assert [path.name for path in checkpoint.list_states(tmp_path / "state")] == ["step_000000012"]
+    assert not (tmp_path / "model").exists()
+    run(tmp_path, none_left)
+    assert (tmp_path / "model").exists() and len(rows(tmp_path)) == 4
+
+
 def test_whether_to_resume_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"resume=must, but .* holds no state"):
-        check_resume("must", tmp_path)
+        run(tmp_path, clips(), resume="must")
     check_resume("never", tmp_path)
     (tmp_path / "state/step_000000003").mkdir(parents=True)
     check_resume("must", tmp_path)
@@ -244,6 +269,7 @@ def test_the_best_model_is_kept(tmp_path: Path) -> None:
             batch_size=2,
             tracker=lambda step: Tracker(tmp_path / "tracked", step, 8.0, tensorboard=False),
             record=lambda step, seconds: None,
+            requests=StopRequests(),
             seed=0,
         )
         # The last number is measured at the end, of step 11.

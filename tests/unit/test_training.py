@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,29 @@ def test_a_damaged_state_is_reported_and_the_one_before_it_used(damage: str, tmp
     assert checkpoint.load_latest(tmp_path, loaded, report=told.append)
     assert_equal_states(loaded, make_state(10))
     assert "step_000000020" in told[0] and not newest.exists()
+
+
+def test_with_no_sound_state_a_run_doesnt_begin_anew_by_itself(tmp_path: Path) -> None:
+    for step in (10, 20):
+        checkpoint.save(tmp_path, make_state(step), keep=2)
+        (tmp_path / f"step_{step:09d}" / "state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no state .* is sound .*step_000000020.*step_000000010.*name="):
+        checkpoint.load_latest(tmp_path, make_state(1))
+    assert len(checkpoint.list_states(tmp_path)) == 2, "what is damaged may be mended by hand"
+
+
+def test_steps_that_a_killed_run_has_shown_arent_shown_twice(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for step, shown in ((0, (3, 6)), (0, (3, 6, 9)), (6, (9, 12))):
+        tracker = Tracker(tmp_path, step, 8.0, tensorboard=True)
+        for at in shown:
+            tracker.log(at, {"loss": float(at), "time": 1.0})
+        tracker.close()
+        time.sleep(1.1)  # event files are named by the second
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [3, 6, 9, 12]
+    assert "time" not in events.Tags()["scalars"]
 
 
 def test_no_damage_is_ever_loaded(tmp_path: Path) -> None:
