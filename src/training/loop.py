@@ -180,7 +180,7 @@ def train(
     tracks = tracker(step) if main else None
     if main:
         record(step, seconds_before)
-    pending = Pending(skips, settings.max_skipped, clips_of)
+    pending = Pending(accelerator.num_processes, skips, settings.max_skipped, clips_of)
     pending.num_skipped, pending.totals = state.progress["skipped"], state.progress["pending"]
     console = Console(folder.name, step, settings.num_steps, batch_size, enabled=main)
     began = time.monotonic()

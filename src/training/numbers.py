@@ -14,16 +14,21 @@ class NonFiniteError(RuntimeError):
 class Pending:
     """What the steps since the last row have told.
 
-    A number is a scalar, averaged over steps and processes, or a pair of sum and count, of which the ratio of
-    the totals is told (nothing, if nothing was counted).
+    A number is a scalar, averaged over micro-batches and processes and then over steps, or a pair of sum and
+    count, of which the ratio of the totals is told (nothing, if nothing was counted). So a row doesn't depend
+    on how its steps were split.
 
     Args:
+        num_processes: that have a share of each step.
         skips: whether steps with numbers that aren't finite are left out and counted, instead of refused.
         most_skipped: how many of them are too many.
         clips_of: names the clips of a step, counted from 1.
     """
 
-    def __init__(self, skips: bool, most_skipped: int, clips_of: Callable[[int], list[str]]) -> None:
+    def __init__(
+        self, num_processes: int, skips: bool, most_skipped: int, clips_of: Callable[[int], list[str]]
+    ) -> None:
+        self.num_processes = num_processes
         self.skips = skips
         self.most_skipped = most_skipped
         self.clips_of = clips_of
@@ -54,20 +59,25 @@ class Pending:
         values = mean_over_processes(torch.cat(flat)).tolist()
         where = 0
         wrong: dict[int, str] = {}
+        told: dict[tuple[int, str], list[list[float]]] = {}
         for step, module, numbers in self._steps:
-            told = {}
             for name, value in numbers.items():
-                told[f"{module}/{name}"] = values[where : where + value.numel()]
+                parts = values[where : where + value.numel()]
                 where += value.numel()
-            bad = [name for name, parts in told.items() if not all(map(math.isfinite, parts))]
-            if bad:
-                wrong.setdefault(step, f"{bad[0]} became {told[bad[0]][0]} in step {step}")
-                continue
-            for name, parts in told.items():
-                total = self.totals.setdefault(name, [0.0, 0.0])
-                total[0] += parts[0]
-                total[1] += parts[1] if len(parts) > 1 else 1.0
+                told.setdefault((step, f"{module}/{name}"), []).append(parts)
+                if not all(map(math.isfinite, parts)):
+                    wrong.setdefault(step, f"{module}/{name} became {parts[0]} in step {step}")
         self._steps.clear()
+        for (step, name), micro_batches in told.items():
+            if step in wrong:
+                continue
+            total = self.totals.setdefault(name, [0.0, 0.0])
+            if len(micro_batches[0]) > 1:
+                total[0] += self.num_processes * sum(parts[0] for parts in micro_batches)
+                total[1] += self.num_processes * sum(parts[1] for parts in micro_batches)
+            else:
+                total[0] += sum(parts[0] for parts in micro_batches) / len(micro_batches)
+                total[1] += 1.0
         if wrong and not self.skips:
             step, what = next(iter(wrong.items()))
             raise NonFiniteError(f"{what}{self._of_clips(step)}; the last saved state is untouched. {REMEDY}")

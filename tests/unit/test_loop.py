@@ -124,12 +124,24 @@ def weight_of(stage: OneWeight) -> float:
 
 
 def test_pairs_are_ratios_of_totals() -> None:
-    pending = Pending(False, 0, lambda step: [])
+    pending = Pending(1, False, 0, lambda step: [])
     for step, (total, count) in enumerate([(3.0, 2.0), (0.0, 0.0), (5.0, 2.0)], start=1):
         pair = torch.tensor([total, count])
         pending.add(step, "m", {"loss": torch.tensor(float(step)), "part": pair, "none": pair * 0})
     assert pending.read(lambda x: x) == {"m/loss": 2.0, "m/part": 2.0}
     assert pending.read(lambda x: x) == {}
+
+
+def test_how_steps_were_split_doesnt_show_in_a_row() -> None:
+    """A row whose first step was one micro-batch of each of two processes, the second four of one."""
+    two = Pending(2, False, 0, lambda step: [])
+    two.add(1, "m", {"loss": torch.tensor(1.0), "part": torch.tensor([1.5, 1.0])})  # means of both
+    two.collect(lambda x: x)
+    one = Pending(1, False, 0, lambda step: [])
+    one.totals = two.totals
+    for loss in (3.0, 5.0, 7.0, 5.0):
+        one.add(2, "m", {"loss": torch.tensor(loss), "part": torch.tensor([loss, 1.0])})
+    assert one.read(lambda x: x) == {"m/loss": (1.0 + 5.0) / 2, "m/part": (3.0 + 20.0) / (2.0 + 4.0)}
 
 
 def test_a_number_that_isnt_finite_names_step_and_clips(tmp_path: Path) -> None:
