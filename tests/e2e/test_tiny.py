@@ -341,6 +341,34 @@ def test_a_full_disk_in_training_is_one_clear_message(home: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_a_folder_that_becomes_read_only_is_one_clear_message(home: Path, tmp_path: Path) -> None:
+    data = [e for e in at(home) if not e.startswith("runs=")]
+    states = tmp_path / "runs/locked/state"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "src.train", "+experiment=tiny_autoencoder", "name=locked", *data,
+         f"runs={tmp_path}/runs", "train.num_steps=100000", "train.save_every=20", "logger=jsonl"],
+        cwd=ROOT, env=environment(home), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not list(states.glob("step_*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if subprocess.run(["mount", "--bind", str(states), str(states)]).returncode:
+            pytest.skip("mounting needs root")
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(states)], check=True)
+        kept = {path.name for path in states.glob("step_*")}
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 2 and "Read-only file system" in errors and "Traceback" not in errors
+        assert kept <= {path.name for path in states.glob("step_*")}
+    finally:
+        process.kill()
+        subprocess.run(["umount", str(states)], stderr=subprocess.DEVNULL)
+    again = verb(home, "train", "+experiment=tiny_autoencoder", "name=locked", *data, f"runs={tmp_path}/runs",
+                 "train.num_steps=1", "logger=jsonl", "train.save_every=20", "resume=must")  # fmt: skip
+    assert "going on after step" in again.stdout
+
+
+@pytest.mark.slow
 def test_made_videos_are_measured_the_same_twice(home: Path) -> None:
     """What an evaluation writes must not be taken for samples by the next one."""
     verb(home, "sample", f"model={home}/runs/tiny/model", "num_samples=4", f"output={home}/made")
