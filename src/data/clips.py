@@ -30,6 +30,8 @@ from .video import (
     read_clip,
 )
 
+# Of what is remembered of each video between starts.
+INDEX_FORMAT = 2
 # Of those that are skipped, so many are named.
 NUM_NAMED = 3
 # A file that breaks in mid-training is replaced by another; after so many in a row something else is wrong.
@@ -49,6 +51,7 @@ class VideoEntry:
     fps: float
     variable_rate: bool = False
     num_bytes: int = 0
+    seek_points: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,9 @@ def _probe_all(root: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         cache_home() / "index" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]}.json"
     )
     known = read_json(index_file)
-    index: dict[str, dict[str, Any]] = known["videos"] if known and known.get("format") == 1 else {}
+    index: dict[str, dict[str, Any]] = {}
+    if known and known.get("format") == INDEX_FORMAT:
+        index = known["videos"]
 
     def one(name: str) -> dict[str, Any]:
         path = root / name
@@ -142,7 +147,7 @@ def _probe_all(root: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
     def save() -> None:
         try:
-            write_json(index_file, {"format": 1, "root": str(root.resolve()), "videos": index})
+            write_json(index_file, {"format": INDEX_FORMAT, "root": str(root.resolve()), "videos": index})
         except OSError as error:
             warnings.warn(f"can't keep the index of {root} for the next start: {error}", stacklevel=3)
 
@@ -198,6 +203,7 @@ def find_videos(
                 info["fps"],
                 info["variable_rate"],
                 result["num_bytes"],
+                tuple((index, pts) for index, pts in info["seek_points"]),
             )
         )
     if strict and broken:
@@ -373,7 +379,13 @@ class ClipDataset(Dataset[dict[str, Any]]):
         else:
             rate = entry.fps if entry.variable_rate else None
             frames = read_clip(
-                entry.path, start, self.num_frames, self.frame_stride, at_fps=rate, resize=self.resize
+                entry.path,
+                start,
+                self.num_frames,
+                self.frame_stride,
+                at_fps=rate,
+                resize=self.resize,
+                seek_points=entry.seek_points,
             )
         return torch.from_numpy(np.array(frames[:, :, ::-1] if flip else frames))
 

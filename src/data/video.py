@@ -8,6 +8,7 @@ import io
 import math
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -56,6 +57,8 @@ class VideoInfo:
     ``fps`` is the average rate. ``variable_rate`` says that the frames are not evenly spaced in time, so
     that showing the file at its average rate repeats and drops frames (see ``read_clip``); there are
     ``num_frames`` ticks of that rate in any case. A folder of images counts as 25 frames per second.
+    ``seek_points`` are frames, with their time stamps, from which decoding was seen to give the same pixels
+    as from the beginning.
     """
 
     num_frames: int
@@ -63,6 +66,7 @@ class VideoInfo:
     height: int
     width: int
     variable_rate: bool = False
+    seek_points: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ class _TimedFrame:
     size: tuple[int, int]
     time: float | None
     duration: float | None
+    pts: int | None = None
+    is_key: bool = False
+    digest: Callable[[], int] = lambda: 0
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
@@ -87,13 +94,73 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     size: tuple[int, int] | None = None
     times: list[float | None] = []
     duration: float | None = None
-    for frame in _decode(path):
+    # From the first frame on that one might start from, what each frame looks like.
+    candidates: list[tuple[int, int]] = []
+    digests: dict[int, tuple[int | None, int]] = {}
+    damaged: list[str] = []
+    for index, frame in enumerate(_decode(path, damaged=damaged)):
         size = size or frame.size
         times.append(frame.time)
         duration = frame.duration
+        last = candidates[-1][0] if candidates else 0
+        if frame.is_key and frame.pts is not None and index - last >= LEAST_SEEK:
+            candidates.append((index, frame.pts))
+        if candidates:
+            digests[index] = (frame.pts, frame.digest())
     assert size is not None  # _decode raises if there is no frame
     fps, variable_rate = _frame_rate(path, times, duration)
-    return VideoInfo(len(times), fps, *size, variable_rate)
+    points: tuple[tuple[int, int], ...] = ()
+    if not damaged and _increasing(times):
+        points = _verified(path, candidates, digests, len(times))
+    return VideoInfo(len(times), fps, *size, variable_rate, points)
+
+
+# Frames that a seek must save to be worth it, and how many of a file's key frames may be unfit before none is
+# trusted.
+LEAST_SEEK = 24
+MOST_UNFIT = 3
+
+
+def _verified(
+    path: str | os.PathLike[str],
+    candidates: Sequence[tuple[int, int]],
+    digests: dict[int, tuple[int | None, int]],
+    num_frames: int,
+) -> tuple[tuple[int, int], ...]:
+    """Those key frames from which decoding gives what it gave from the beginning, up to the next of them."""
+    kept: list[tuple[int, int]] = []
+    unfit = 0
+    stop = num_frames
+    for first, pts in reversed(candidates):
+        index = first
+        try:
+            for frame in _from_point(path, pts):
+                if index == stop or (frame.pts, frame.digest()) != digests[index]:
+                    break
+                index += 1
+        except VideoError:
+            index = -1
+        if index == stop:
+            kept.append((first, pts))
+            stop = first
+        else:
+            unfit += 1
+            if unfit > MOST_UNFIT:
+                return ()
+    return tuple(reversed(kept))
+
+
+def _from_point(path: str | os.PathLike[str], pts: int) -> Iterator[_TimedFrame]:
+    """The frames from a time stamp on; raises VideoError if none has it."""
+    started = False
+    for frame in _decode(path, seek_to=pts):
+        started = started or frame.pts == pts
+        if started:
+            yield frame
+        elif frame.pts is not None and frame.pts > pts:
+            break
+    if not started:
+        raise VideoError(path, f"no frame of time stamp {pts} comes after seeking to it; has it changed?")
 
 
 def read_clip(
@@ -104,6 +171,7 @@ def read_clip(
     *,
     at_fps: float | None = None,
     resize: Callable[[Frames], Frames] | None = None,
+    seek_points: Sequence[tuple[int, int]] = (),
 ) -> Frames:
     """Read ``num_frames`` frames, ``frame_stride`` apart, from frame ``start`` on: uint8 ``t h w c``, RGB.
 
@@ -111,6 +179,7 @@ def read_clip(
     rate), time rules instead: frame k is the one on the screen in the middle of the k-th tick of that rate,
     by the file's time stamps. Rotation metadata is applied, a transparency channel is dropped, pixels that
     are not square stay so. ``resize`` is applied frame by frame: a clip is never held in full size.
+    ``seek_points``, as ``probe`` has found them, spare decoding from the beginning.
 
     Raises VideoError if the file can't be read or has too few frames.
     """
@@ -129,10 +198,11 @@ def read_clip(
         for frame in wanted:
             frames.append(resize(frame) if resize else frame)
     else:
-        decoded = _decode(path)
-        for count, timed in enumerate(
-            decoded if at_fps is None else _at_rate(path, decoded, at_fps), start=1
-        ):
+        points = [point for point in seek_points if point[0] <= start] if at_fps is None else []
+        first, pts = points[-1] if points else (0, None)
+        decoded = _decode(path) if pts is None else _from_point(path, pts)
+        timely = decoded if at_fps is None else _at_rate(path, decoded, at_fps)
+        for count, timed in enumerate(timely, start=first + 1):
             index = count - 1
             if index >= start and (index - start) % frame_stride == 0:
                 rgb = timed.to_rgb()
@@ -156,10 +226,13 @@ def iterate_frames(path: str | os.PathLike[str], *, at_fps: float | None = None)
         yield frame.to_rgb()
 
 
-def _decode(path: str | os.PathLike[str]) -> Iterator[_TimedFrame]:
+def _decode(
+    path: str | os.PathLike[str], *, seek_to: int | None = None, damaged: list[str] | None = None
+) -> Iterator[_TimedFrame]:
     """Decode a file in presentation order; raises VideoError if not even one frame comes out.
 
-    As in ffmpeg's own tool, a damaged packet costs its own frames and the rest goes on.
+    As in ffmpeg's own tool, a damaged packet costs its own frames and the rest goes on; ``damaged`` gets to
+    know of it. With ``seek_to`` it begins at the last key frame that isn't after this time stamp.
     """
     if Path(path).suffix.lower() == ".webp":  # FFmpeg's demuxer doesn't know the animated kind
         yield from _decode_webp(path)
@@ -180,11 +253,15 @@ def _decode(path: str | os.PathLike[str]) -> Iterator[_TimedFrame]:
             stream.codec_context.thread_count = 1
             # One for the file: each builds tables that cost more than a small frame.
             reformatter = VideoReformatter()
+            if seek_to is not None:
+                container.seek(seek_to, stream=stream)
             for packet in container.demux(stream):
                 try:
                     decoded = packet.decode()
                 except av.error.FFmpegError as error:
                     reason = error.strerror or reason
+                    if damaged is not None:
+                        damaged.append(reason)
                     continue
                 for frame in decoded:
                     if not found:
@@ -196,6 +273,8 @@ def _decode(path: str | os.PathLike[str]) -> Iterator[_TimedFrame]:
             reason = "there is no such file"
         else:
             reason = getattr(error, "strerror", None) or str(error)
+        if damaged is not None:
+            damaged.append(reason)
     if not found:
         raise VideoError(path, reason)
 
@@ -225,7 +304,21 @@ def _timed(
         (frame.width, frame.height) if transposed else (frame.height, frame.width),
         None if frame.pts is None or base is None else float(frame.pts * base),
         None if not frame.duration or base is None else float(frame.duration * base),
+        frame.pts,
+        bool(frame.key_frame),
+        lambda: _digest(frame),
     )
+
+
+def _digest(frame: av.VideoFrame) -> int:
+    """A checksum of a frame's visible pixels as they were decoded."""
+    num_bytes = -(-frame.format.components[0].bits // 8)
+    total = 0
+    for plane in frame.planes:
+        rows = np.frombuffer(memoryview(plane), np.uint8)
+        rows = rows[: plane.height * abs(plane.line_size)].reshape(plane.height, abs(plane.line_size))
+        total = zlib.crc32(rows[:, : plane.width * num_bytes].tobytes(), total)
+    return total
 
 
 def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from src.data import clips as clips_module
-from src.data.clips import ClipDataset, VideoEntry, find_videos, list_videos
+from src.data.clips import INDEX_FORMAT, ClipDataset, VideoEntry, find_videos, list_videos
 from src.data.sampler import PositionSampler, batches
 from src.data.storage import atomic_path, read_json, write_json
 from src.data.transforms import Frames, Resize
@@ -123,7 +123,7 @@ def test_a_damaged_index_is_made_anew(root: Path, own_cache_home: Path) -> None:
     (file,) = (own_cache_home / "index").glob("*.json")
     file.write_text("{")
     assert find_videos(root, strict=False).entries == first.entries
-    assert json.loads(file.read_text())["format"] == 1
+    assert json.loads(file.read_text())["format"] == INDEX_FORMAT
 
 
 def test_an_index_that_cannot_be_kept_is_only_a_warning(

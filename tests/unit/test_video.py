@@ -6,12 +6,14 @@ from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
+from src.data import video
 from src.data.transforms import Frames, Resize
 from src.data.video import (
     VideoError,
@@ -502,3 +504,80 @@ def test_variable_rate_of_a_real_file(shared: Shared) -> None:
         np.testing.assert_array_equal(frame, frames[on_screen])
     gaps = {round(b - a, 4) for a, b in pairwise(stamps)}
     assert len(gaps) > 1
+
+
+def moving(num_frames: int) -> Frames:
+    """A picture that turns into another, frame by frame, so that every frame is its own."""
+    draw = np.random.Generator(np.random.PCG64(0))
+    noise = draw.integers(0, 255, (48, 64, 3)).astype(np.float64)
+    steps = np.linspace(0, 6 * np.pi, num_frames)[:, None, None, None]
+    return (127.5 + 100 * np.sin(noise[None] / 40 + steps)).astype(np.uint8)
+
+
+def test_clips_from_seek_points_are_those_from_the_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "long.mp4"
+    write_video(path, moving(200), 25.0)
+    points = probe(path).seek_points
+    assert [index for index, _ in points] == list(range(24, 200, 24))
+    for start, stride in ((0, 1), (23, 1), (24, 2), (60, 3), (150, 1), (192, 1)):
+        sequential = read_clip(path, start, 8, stride)
+        assert np.array_equal(read_clip(path, start, 8, stride, seek_points=points), sequential), start
+
+
+def test_a_seek_point_spares_what_is_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "long.mp4"
+    write_video(path, moving(200), 25.0)
+    points = probe(path).seek_points
+    decoded: list[int | None] = []
+    plain = video._timed
+
+    def counted(frame: av.VideoFrame, *rest: Any) -> Any:
+        decoded.append(frame.pts)
+        return plain(frame, *rest)
+
+    monkeypatch.setattr(video, "_timed", counted)
+    read_clip(path, 180, 4, seek_points=points)
+    assert len(decoded) <= 24 + 4
+
+
+def test_key_frames_that_lie_are_no_seek_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames that come out otherwise after a seek (open groups, wrong flags) are found by their pixels."""
+    path = tmp_path / "long.mp4"
+    write_video(path, moving(200), 25.0)
+    sought: list[int | None] = []
+    plain_decode, plain_digest = video._decode, video._digest
+
+    def noted(path: Any, *, seek_to: int | None = None, damaged: Any = None) -> Any:
+        sought.append(seek_to)
+        return plain_decode(path, seek_to=seek_to, damaged=damaged)
+
+    def wrong_after_a_seek(frame: av.VideoFrame) -> int:
+        spoiled = sought[-1] is not None and frame.pts == third
+        return plain_digest(frame) + spoiled
+
+    third = probe(path).seek_points[2][1]
+    monkeypatch.setattr(video, "_decode", noted)
+    monkeypatch.setattr(video, "_digest", wrong_after_a_seek)
+    # The point itself is unfit, and the one before it, whose part now runs through that frame.
+    assert [index for index, _ in probe(path).seek_points] == [96, 120, 144, 168, 192]
+
+
+def test_a_file_that_changed_behind_its_index_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "long.mp4"
+    write_video(path, moving(200), 25.0)
+    points = probe(path).seek_points
+    write_video(path, moving(50), 25.0)
+    with pytest.raises(VideoError, match=r"has it changed|frames are asked for"):
+        read_clip(path, 180, 4, seek_points=points)
+
+
+def test_real_files_give_the_same_frames_from_their_seek_points(shared: Callable[[str], Path]) -> None:
+    draw = np.random.Generator(np.random.PCG64(1))
+    sought = 0
+    for path in sorted(shared("clips").glob("*/*"))[::4]:
+        info = probe(path)
+        for start in draw.integers(0, info.num_frames - 3, 2 if info.seek_points else 0).tolist():
+            sought += start >= info.seek_points[0][0]
+            plain = read_clip(path, start, 3)
+            assert np.array_equal(read_clip(path, start, 3, seek_points=info.seek_points), plain), path
+    assert sought > 0
