@@ -258,7 +258,7 @@ def batches(
             collated = next(loading)
         except StopIteration:
             return
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             meant = explained(error)
             if meant is error:
                 raise
@@ -266,16 +266,18 @@ def batches(
         yield to_batch(collated, device)
 
 
-def explained(error: RuntimeError) -> BaseException:
+def explained(error: Exception) -> Exception:
     """What an error of PyTorch's loader means, as an OSError; any other error as it is.
 
     That a worker has died PyTorch tells by a signal, so that the error may come up anywhere.
     """
     told = str(error)
-    if told.startswith("DataLoader worker"):
+    # What it was about to send may break off before PyTorch notices.
+    if told.startswith("DataLoader worker") or isinstance(error, ConnectionError | EOFError):
         return OSError(
-            f"a process that loads clips has died ({told.splitlines()[0]}), perhaps for lack of memory; the "
-            "same command goes on from the last saved state, and a smaller machine.num_workers needs less"
+            f"a process that loads clips has died ({told or type(error).__name__}), perhaps for lack of "
+            "memory; the same command goes on from the last saved state, and a smaller machine.num_workers "
+            "needs less"
         )
     if told.startswith("Caught "):  # the worker's traceback, of which the last line tells
         return OSError(f"a process that loads clips failed: {told.strip().splitlines()[-1]}")

@@ -1,5 +1,8 @@
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +23,8 @@ from src.data.sampler import (
     randn_per_clip,
 )
 from src.data.video import VideoError
+
+ROOT = Path(__file__).parents[2]
 
 
 class Clips(Dataset[dict[str, Any]]):
@@ -142,16 +147,30 @@ class Fragile(Dataset[dict[str, Any]]):
         return {"frames": torch.zeros(1, 2, 2, 3, dtype=torch.uint8), "label": 0, "position": position}
 
 
-@pytest.mark.parametrize(
-    "dies, message", [(True, "has died.*machine.num_workers"), (False, "clip.mp4.*gone")]
-)
-def test_a_worker_that_fails_is_one_clear_error(dies: bool, message: str) -> None:
+def load_fragile(dies: bool) -> None:
+    """Loads until something breaks."""
     sampler = PositionSampler(global_batch_size=2, micro_batch_size=2, num_steps=9)
-    loaded = []
-    with pytest.raises(OSError, match=message):
-        for batch in batches(Fragile(dies), sampler, num_workers=1, device="cpu"):
-            loaded.append(batch)
-    assert len(loaded) <= 2
+    for _ in batches(Fragile(dies), sampler, num_workers=1, device="cpu"):
+        pass
+
+
+def test_a_clip_that_cant_be_loaded_is_one_clear_error() -> None:
+    with pytest.raises(OSError, match=r"clip\.mp4.*gone"):
+        load_fragile(dies=False)
+
+
+def test_a_worker_that_dies_is_one_clear_error() -> None:
+    """In a process of its own: PyTorch tells of the death by a signal, whenever it comes."""
+    code = (
+        "from src.data.sampler import explained; from tests.unit.test_sampler import load_fragile\n"
+        "try: load_fragile(True)\n"
+        "except Exception as error: print(explained(error))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )  # which ends by itself
+    assert told.returncode == 0, told.stderr
+    assert "has died" in told.stdout and "machine.num_workers" in told.stdout
 
 
 def test_latent_items_become_latent_batches() -> None:
