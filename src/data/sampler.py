@@ -251,8 +251,8 @@ def batches(
     before = signal.pthread_sigmask(signal.SIG_BLOCK, GROUP_SIGNALS)
     loading = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    # At the end of the program workers are asked to end by a signal to which they are deaf.
-    atexit.register(_kill, getattr(loading, "_workers", []))
+    if num_workers:  # which at the program's end are asked to end by a signal to which they are deaf
+        atexit.register(_kill, getattr(loading, "_workers", []))
     while True:
         try:
             collated = next(loading)
