@@ -8,6 +8,7 @@ draws: only the step counter has to be remembered.
 import atexit
 import hashlib
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -210,8 +211,14 @@ def to_batch(collated: dict[str, Tensor], device: torch.device | str) -> Batch |
 GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
+def _stop_complaining() -> None:
+    """No more errors out of the blue about workers that have died."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 def _kill(workers: Sequence[Any]) -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or else PyTorch would complain of their deaths
+    _stop_complaining()
     for worker in workers:
         if worker.is_alive():
             worker.kill()
@@ -259,6 +266,7 @@ def batches(
         except StopIteration:
             return
         except (RuntimeError, ConnectionError, EOFError) as error:
+            _stop_complaining()
             meant = explained(error)
             if meant is error:
                 raise
