@@ -51,23 +51,19 @@ def snapshots_of(run: Path, module: str, step: int | None) -> dict[tuple[int, fl
 
     Raises:
         FileNotFoundError: if there are none.
-        ConfigError: if none is as late as the step.
+        ConfigError: if the step is before the first or after the last of them.
     """
-    found = {}
+    every = {}
     for path in sorted((run / "averages").glob(f"step_*/{module}@*.safetensors")):
-        at = int(path.parent.name.removeprefix("step_"))
-        if step is None or at <= step:
-            found[at, float(path.stem.partition("@")[2])] = path
-    if not found:
+        every[int(path.parent.name.removeprefix("step_")), float(path.stem.partition("@")[2])] = path
+    if not every:
         raise FileNotFoundError(
             f"no snapshots of averages in {run / 'averages'}; train with ema=post_hoc, which keeps them"
         )
-    if step is not None and max(at for at, _ in found) < step:
-        raise ConfigError(
-            f"step={step} is later than the last snapshot, of step {max(at for at, _ in found)}; choose an "
-            "earlier one"
-        )
-    return found
+    first, last = (choice(at for at, _ in every) for choice in (min, max))
+    if step is not None and not first <= step <= last:
+        raise ConfigError(f"step={step}: the snapshots are of steps {first} to {last}; choose a step between")
+    return {(at, length): path for (at, length), path in every.items() if step is None or at <= step}
 
 
 if __name__ == "__main__":

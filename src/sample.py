@@ -170,7 +170,9 @@ def _describe(
     description = {
         "model": str(cfg.model),
         "step": model.step,
+        "num_frames": num_frames,
         "fps": model.data.fps,
+        "guidance_scale": cfg.guidance.scale,
         "made_by": made_by,
         "samples": entries,
     }

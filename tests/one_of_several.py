@@ -9,10 +9,7 @@ from torch import Tensor, nn
 
 from src.data.sampler import Batch
 from src.training.device import make_accelerator
-from src.training.interruption import StopRequests
-from src.training.loop import train
-from src.training.tracker import Tracker
-from tests.unit.test_loop import OneWeight, settings_of
+from tests.unit.test_loop import OneWeight, run
 
 BATCH_SIZE = 8
 
@@ -51,24 +48,17 @@ def main(micro_batch_size: int, folder: Path) -> None:
                 yield Batch(torch.stack(draws), torch.full((micro,), -1), positions)
             step += 1
 
-    train(
-        stage,
-        optimizers={"weight": torch.optim.AdamW(stage.modules["weight"].parameters(), 0.01, fused=True)},
-        batches=batches,
-        held_out=list,
-        statistics=list,
-        clips_of=lambda step: [],
-        export=lambda name, module, step: None,
-        ema=None,
-        settings=settings_of(num_steps=5, log_every=1, clip_norm=1.0),
+    run(
+        folder,
+        batches,
+        stage=stage,
         accelerator=accelerator,
-        folder=folder,
-        resume="auto",
+        export=lambda name, module, step: None,
         batch_size=BATCH_SIZE,
-        tracker=lambda step: Tracker(folder, step, 8.0, tensorboard=False),
-        record=lambda step, seconds: None,
-        requests=StopRequests(),
-        seed=0,
+        learning_rate=0.01,
+        num_steps=5,
+        log_every=1,
+        clip_norm=1.0,
     )
     torch.save(stage.modules["weight"].state_dict(), folder / f"rank_{rank}_of_{world}.pt")
 

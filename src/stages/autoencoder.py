@@ -161,6 +161,7 @@ class AutoencoderStage:
             if self.lecam_weight > 0:
                 of_real, of_fake = self.running["logits"]
                 pull = (real - of_fake).square().mean() + (fake - of_real).square().mean()
+                pull = pull * self.running["logits"].any()  # the first step has none to be pulled towards
                 metrics["lecam"] = pull.detach()
                 loss = loss + self.lecam_weight * pull
             self.running["sum_of_logits"] += torch.stack([metrics["real"], metrics["fake"]]).float()

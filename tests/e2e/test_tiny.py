@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from src.reporting.runs import load_run
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -86,6 +88,8 @@ def test_sample_17_is_sample_17_in_any_batch(home: Path) -> None:
     assert np.quantile(difference, 0.999) <= 4 and difference.mean() < 0.05
     description = json.loads((home / "a/samples.json").read_text())
     assert [entry["seed"] for entry in description["samples"]] == [15, 16, 17]
+    (shown,) = (samples for samples in load_run(home).sample_sets if samples.name == "a")
+    assert (shown.num_frames, shown.guidance_scale) == (16, 1.0) and len(shown.clips) == 3
 
 
 def test_long_videos_have_the_length_that_was_asked_for(home: Path) -> None:

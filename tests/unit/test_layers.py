@@ -9,9 +9,12 @@ from torch.nn import functional as F
 
 from src.models.embeddings import OptionalEmbedding, sinusoidal_embedding
 from src.models.layers import (
+    MANY_ROWS,
+    MANY_WEIGHTS,
     FrameConv3d,
     FrameGroupNorm,
     GroupNorm,
+    Linear,
     PointConv3d,
     SameConv3d,
     SameConvTranspose3d,
@@ -73,6 +76,20 @@ def test_frame_convolution_keeps_the_layout_without_copies():
     assert y.is_contiguous(memory_format=torch.channels_last_3d)
     assert GroupNorm(4, 16, 1e-5)(y).is_contiguous(memory_format=torch.channels_last_3d)
     assert PointConv3d(16, 8)(y).is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3, 100), (5,)])  # through the convolution's kernel, and not
+def test_linear_is_linear(shape, bias):
+    assert (math.prod(shape) >= MANY_ROWS) == (len(shape) == 2)
+    x = torch.randn(*shape, 256, dtype=torch.float64, requires_grad=True)
+    linear = Linear(256, 320, bias=bias).double()
+    assert linear.weight.numel() >= MANY_WEIGHTS
+    actual, expected = linear(x), F.linear(x, linear.weight, linear.bias)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    inputs = [x, *linear.parameters()]
+    gradients = [torch.autograd.grad(y.square().sum(), inputs) for y in (actual, expected)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-10)
 
 
 def test_point_convolution_is_1x1x1():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -85,27 +86,38 @@ def settings_of(**changes: Any) -> LoopSettings:
 
 
 def run(
-    folder: Path, batches: Callable[[int], Iterator[Batch]], fused: bool = True, **changes: Any
+    folder: Path,
+    batches: Callable[[int], Iterator[Batch]],
+    *,
+    stage: OneWeight | None = None,
+    accelerator: Accelerator | None = None,
+    export: Callable[[str, nn.Module, int], None] | None = None,
+    resume: str = "auto",
+    batch_size: int = 2,
+    learning_rate: float = 0.1,
+    fused: bool = True,
+    **changes: Any,
 ) -> OneWeight:
-    """Trains one weight in a folder."""
-    stage = changes.pop("stage", None) or OneWeight()
-    resume = changes.pop("resume", "auto")
-    accelerator, _ = make_accelerator(precision="no", tf32=False, batch_size=2, micro_batch_size=None)
+    """Trains one weight, or the stage that is given, in a folder."""
+    stage = stage or OneWeight()
+    if accelerator is None:
+        accelerator, _ = make_accelerator(precision="no", tf32=False, batch_size=2, micro_batch_size=None)
+    parameters = stage.modules["weight"].parameters()
     with StopRequests() as requests:
         train(
             stage,
-            optimizers={"weight": torch.optim.AdamW(stage.modules["weight"].parameters(), 0.1, fused=fused)},
+            optimizers={"weight": torch.optim.AdamW(parameters, learning_rate, fused=fused)},
             batches=batches,
             held_out=list,
             statistics=list,
             clips_of=lambda step: [f"clip_{2 * step - 2}.mp4", f"clip_{2 * step - 1}.mp4"],
-            export=lambda name, module, step: (folder / name).mkdir(exist_ok=True),
+            export=export or (lambda name, module, step: (folder / name).mkdir(exist_ok=True)),
             ema=lambda modules: Ema(modules, 0.9),
             settings=settings_of(**changes),
             accelerator=accelerator,
             folder=folder,
             resume=resume,
-            batch_size=2,
+            batch_size=batch_size,
             tracker=lambda step: Tracker(folder, step, 8.0, tensorboard=False),
             record=lambda step, seconds: None,
             requests=requests,
@@ -250,42 +262,27 @@ def test_states_of_every_nth_step_stay(tmp_path: Path) -> None:
 
 
 def test_the_best_model_is_kept(tmp_path: Path) -> None:
-    """Less weight is better for this stage: 1 shrinks until the rate is turned round."""
+    """At steps 3, 6, 9 and the end the score is 3, 1, 2 and 0.5; lower is better, then higher."""
     exports: list[tuple[str, int]] = []
 
     class Measured(OneWeight):
-        def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
-            seen.append(None)
-            return {"score": [3.0, 1.0, 2.0, 0.5][len(seen) - 1]}
+        def __init__(self) -> None:
+            super().__init__()
+            self.scores = iter([3.0, 1.0, 2.0, 0.5])
 
-    seen: list[None] = []
-    accelerator, _ = make_accelerator(precision="no", tf32=False, batch_size=2, micro_batch_size=None)
-    for higher, wanted in (((), [3, 6, 12]), (("score",), [3])):
+        def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
+            return {"score": next(self.scores)}
+
+    def export(name: str, module: nn.Module, step: int) -> None:
+        exports.append((name, step))
+
+    for higher, wanted in (((), [3, 6, 11]), (("score",), [3])):
         stage = Measured()
         stage.higher_is_better = higher
-        seen.clear()
         exports.clear()
-        train(
-            stage,
-            optimizers={"weight": torch.optim.AdamW(stage.modules["weight"].parameters(), fused=True)},
-            batches=clips(),
-            held_out=list,
-            statistics=list,
-            clips_of=lambda step: [],
-            export=lambda name, module, step: exports.append((name, step)),
-            ema=None,
-            settings=settings_of(evaluate_every=3, best_metric="score", num_steps=11),
-            accelerator=accelerator,
-            folder=tmp_path / str(higher),
-            resume="auto",
-            batch_size=2,
-            tracker=lambda step: Tracker(tmp_path / "tracked", step, 8.0, tensorboard=False),
-            record=lambda step, seconds: None,
-            requests=StopRequests(),
-            seed=0,
-        )
-        # The last number is measured at the end, of step 11.
-        assert [step for name, step in exports if name == "model_best"] == [min(s, 11) for s in wanted]
+        changes = {"evaluate_every": 3, "best_metric": "score", "num_steps": 11}
+        run(tmp_path / str(higher), clips(), stage=stage, export=export, **changes)
+        assert [step for name, step in exports if name == "model_best"] == wanted
     with pytest.raises(ValueError, match=r"best_metric=psnr isn't measured; choose one of weight"):
         run(tmp_path / "other", clips(), best_metric="psnr")
 

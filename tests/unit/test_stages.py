@@ -216,6 +216,7 @@ def test_penalties_of_the_discriminator_have_their_closed_forms() -> None:
         logits = plane(batch.video), plane(autoencoder(batch.video, noise)[0])
     expected = ((logits[0] - fake) ** 2).mean() + ((logits[1] - real) ** 2).mean()
     with_lecam, told = losses(lecam_weight=0.5)
+    assert told[0]["lecam"].item() == 0.0 and with_lecam[0] == plain[0]
     for i in (1, 2):
         assert told[i]["lecam"].item() == pytest.approx(expected.item(), rel=1e-4)
         assert with_lecam[i] - plain[i] == pytest.approx(0.5 * expected.item(), rel=1e-3, abs=1e-6)
