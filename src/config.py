@@ -132,6 +132,7 @@ class MachineSettings:
     num_workers: int
     tf32: bool
     compile: bool
+    fsdp: bool
 
 
 @dataclass

@@ -127,7 +127,7 @@ def import_checkpoint(checkpoint: Path, described: dict[str, Any], folder: Path,
         arguments = official_configs.autoencoder_arguments(config)
         data = data_of(described, checkpoint, None)
         node = {"_target_": ".models.autoencoder.Autoencoder3d", **arguments}
-        save_autoencoder(folder, autoencoder, node=node, data=data, step=step)
+        save_autoencoder(folder, autoencoder.state_dict(), node=node, data=data, step=step)
         if "scale_factor" not in official_configs.params_of(config):
             print(
                 "the config tells neither scale_factor nor shift_factor: latents count as normalized as they "
@@ -146,8 +146,8 @@ def import_checkpoint(checkpoint: Path, described: dict[str, Any], folder: Path,
     data = data_of(described, checkpoint, model)
     save_diffusion(
         folder,
-        model.unet,
-        autoencoder=model.autoencoder,
+        model.unet.state_dict(),
+        autoencoder=model.autoencoder.state_dict(),
         autoencoder_node={
             "_target_": ".models.autoencoder.Autoencoder3d",
             **official_configs.autoencoder_arguments(config),

@@ -5,13 +5,14 @@ Equal weights give equal bytes: no date, host or path is stored beside them.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from .config import CONF, PACKAGE, build, difference, full_arguments
 from .data.storage import atomic_folder, load_tensors, save_tensors
@@ -93,8 +94,12 @@ class DiffusionModel:
         )
 
 
+Weights = Mapping[str, Tensor]
+"""A network's state dict."""
+
+
 def save_autoencoder(
-    folder: Path, autoencoder: nn.Module, *, node: dict[str, Any], data: DataRecord, step: int
+    folder: Path, autoencoder: Weights, *, node: dict[str, Any], data: DataRecord, step: int
 ) -> None:
     """Writes an autoencoder's folder, replacing an older one only once the new one is complete."""
     with atomic_folder(folder) as temporary:
@@ -107,9 +112,9 @@ def save_autoencoder(
 
 def save_diffusion(
     folder: Path,
-    unet: nn.Module,
+    unet: Weights,
     *,
-    autoencoder: nn.Module,
+    autoencoder: Weights,
     autoencoder_node: dict[str, Any],
     config: dict[str, Any],
     data: DataRecord,
@@ -308,9 +313,9 @@ def fingerprint(folder: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(folder: Path, module: nn.Module, config: dict[str, Any]) -> None:
-    weights = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    save_tensors(weights, folder / "weights.safetensors")
+def _write(folder: Path, weights: Weights, config: dict[str, Any]) -> None:
+    on_cpu = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    save_tensors(on_cpu, folder / "weights.safetensors")
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **config})))
 
 

@@ -1,5 +1,6 @@
 """Train a stage: ``python -m src.train +experiment=ucf101``. The same command resumes."""
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from .data.clips import ClipDataset
     from .diffusion.conditioning import FrameMasking
-    from .model_folder import DataRecord
+    from .model_folder import DataRecord, Weights
     from .stages.stage import Stage
     from .training.ema import Averages
     from .training.interruption import StopRequests
@@ -69,7 +70,7 @@ def run(cfg: DictConfig, requests: "StopRequests") -> None:
     settings: TrainSettings = typed(cfg, "train", TrainSettings)
     machine: MachineSettings = typed(cfg, "machine", MachineSettings)
     logger: LoggerSettings = typed(cfg, "logger", LoggerSettings)
-    averages: EmaSettings = typed(cfg, "ema", EmaSettings)
+    ema: EmaSettings = typed(cfg, "ema", EmaSettings)
     folder = run_folder(cfg)
 
     # Everything that can be wrong is found before the first step. A missing autoencoder is seen before much
@@ -141,6 +142,13 @@ def run(cfg: DictConfig, requests: "StopRequests") -> None:
         first = (step - 1) * settings.batch_size
         return [source.describe(position) for position in range(first, first + settings.batch_size)]
 
+    for module in stage.modules.values():
+        module.to(accelerator.device)
+    if machine.compile:
+        compile_in_place(stage.modules.values())
+    averages = averages_of(ema, settings.batch_size, stage.modules)
+    if machine.fsdp:
+        shard_stage(stage, averages, accelerator)
     optimizers = {
         name: build(cfg.optimizer)([p for p in module.parameters() if p.requires_grad])
         for name, module in stage.modules.items()
@@ -151,21 +159,17 @@ def run(cfg: DictConfig, requests: "StopRequests") -> None:
         f"({accelerator.num_processes} process(es) x {accelerator.gradient_accumulation_steps} micro-batches "
         f"of {micro_batch_size}), {accelerator.device}, precision {accelerator.mixed_precision}"
     )
-    for module in stage.modules.values():
-        module.to(accelerator.device)
-    if machine.compile:
-        compile_in_place(stage.modules.values())
     train(
         stage,
         optimizers=optimizers,
         batches=training_batches,
         held_out=held_out_clips,
         statistics=statistics,
-        export=lambda name, module, step: save_model(folder / name, module, step),
-        ema=ema_of(averages, settings.batch_size),
+        export=lambda name, weights, step: save_model(folder / name, weights, step),
+        averages=averages,
         clips_of=clips_of,
         settings=LoopSettings(
-            snapshot_every=averages.snapshot_every if averages.sigma_rel else 0,
+            snapshot_every=ema.snapshot_every if ema.sigma_rel else 0,
             **{
                 name: getattr(settings, name)
                 for name in LoopSettings.__dataclass_fields__
@@ -197,18 +201,39 @@ def run(cfg: DictConfig, requests: "StopRequests") -> None:
     accelerator.print(f"model: {folder / 'model'}")
 
 
-def ema_of(averages: EmaSettings, batch_size: int) -> "Callable[[Mapping[str, nn.Module]], Averages] | None":
-    """What makes the moving averages that the ``ema`` node describes."""
+def averages_of(
+    settings: EmaSettings, batch_size: int, modules: "Mapping[str, nn.Module]"
+) -> "Averages | None":
+    """The moving averages of modules that the ``ema`` node describes, if any."""
     from .training.ema import Ema, PostHocEma
 
-    decay = averages.per_step(batch_size)
-    lengths = averages.sigma_rel
-    if lengths is not None:
-        return lambda modules: PostHocEma(modules, lengths)
-    return None if decay is None else lambda modules: Ema(modules, decay)
+    decay = settings.per_step(batch_size)
+    if settings.sigma_rel is not None:
+        return PostHocEma(modules, settings.sigma_rel)
+    return None if decay is None else Ema(modules, decay)
 
 
-SaveModel = Callable[[Path, "nn.Module", int], None]
+def shard_stage(stage: "Stage", averages: "Averages | None", accelerator: "Accelerator") -> None:
+    """Spreads what a stage trains, and its averages, over the processes.
+
+    Raises:
+        ConfigError: for a stage that looks into single weights, as the adversarial autoencoder does.
+    """
+    from .stages.diffusion import DiffusionStage
+    from .training.sharding import shard
+
+    if not isinstance(stage, DiffusionStage):
+        raise ConfigError(
+            "machine.fsdp=true shards the diffusion model; an autoencoder is small enough for one GPU, and "
+            "its losses are balanced at a single weight. Use machine.fsdp=false"
+        )
+    for module in stage.modules.values():
+        shard(module, accelerator, trained=True)
+    for module in averages.saved.values() if averages is not None else ():
+        shard(module, accelerator, trained=False)
+
+
+SaveModel = Callable[[Path, "Weights", int], None]
 
 
 def stage_of(
@@ -271,8 +296,8 @@ def _autoencoder_stage(
         ),
     )
 
-    def save_model(folder: Path, module: "nn.Module", step: int) -> None:
-        save_autoencoder(folder, module, node=node, data=data, step=step)
+    def save_model(folder: Path, weights: "Weights", step: int) -> None:
+        save_autoencoder(folder, weights, node=node, data=data, step=step)
 
     return stage, save_model
 
@@ -349,11 +374,11 @@ def _diffusion_stage(
         "window": list(window),
     }
 
-    def save_model(folder: Path, module: "nn.Module", step: int) -> None:
+    def save_model(folder: Path, weights: "Weights", step: int) -> None:
         save_diffusion(
             folder,
-            module,
-            autoencoder=autoencoder,
+            weights,
+            autoencoder=autoencoder.state_dict(),
             autoencoder_node=plain["autoencoder"],
             config=config,
             data=data,
@@ -363,5 +388,21 @@ def _diffusion_stage(
     return stage, save_model
 
 
+def as_program() -> None:
+    """Runs the verb and ends with its status."""
+    status: int = 0
+    try:
+        main()
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        status = end.code
+    if "torch" in sys.modules:
+        from .training.device import leave
+
+        leave(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    main()
+    as_program()

@@ -1,4 +1,4 @@
-"""One of the processes of a small training run, started by a test: MICRO_BATCH_SIZE FOLDER."""
+"""One of the processes of a small run, started by a test: MICRO_BATCH_SIZE FOLDER [STEPS [fsdp] [bad]]."""
 
 import sys
 from collections.abc import Iterator
@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from src.data.sampler import Batch
-from src.training.device import make_accelerator
+from src.training import sharding
+from src.training.device import leave, make_accelerator
+from src.training.ema import Ema
+from src.training.sharding import shard, whole_weights
 from tests.unit.test_loop import OneWeight, run
 
 BATCH_SIZE = 8
@@ -26,14 +29,24 @@ class Net(nn.Module):
         return self.layers(x).reshape(len(x), 1, 1, 1, 3)
 
 
-def main(micro_batch_size: int, folder: Path) -> None:
-    """Trains for five steps and leaves this process's weights in the folder."""
+def main(
+    micro_batch_size: int, folder: Path, num_steps: int = 5, fsdp: bool = False, bad: bool = False
+) -> None:
+    """Trains for some steps and leaves the weights, as this process has them, in the folder.
+
+    With ``bad`` one clip of the third step isn't finite, and the step is skipped.
+    """
     torch.manual_seed(0)
     stage = OneWeight()
     stage.modules = {"weight": Net()}
     accelerator, micro = make_accelerator(
         precision="no", tf32=False, batch_size=BATCH_SIZE, micro_batch_size=micro_batch_size
     )
+    averages = Ema(stage.modules, 0.9)
+    if fsdp:
+        sharding.SMALLEST_BLOCK = 1
+        shard(stage.modules["weight"], accelerator, trained=True)
+        shard(averages.modules["weight"], accelerator, trained=False)
     world, rank = accelerator.num_processes, accelerator.process_index
 
     def batches(step: int) -> Iterator[Batch]:
@@ -45,6 +58,8 @@ def main(micro_batch_size: int, folder: Path) -> None:
                     torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(position))
                     for position in positions.tolist()
                 ]
+                if bad and step == 2 and positions[0] == BATCH_SIZE * step:
+                    draws[0] = draws[0] * torch.nan
                 yield Batch(torch.stack(draws), torch.full((micro,), -1), positions)
             step += 1
 
@@ -53,15 +68,20 @@ def main(micro_batch_size: int, folder: Path) -> None:
         batches,
         stage=stage,
         accelerator=accelerator,
-        export=lambda name, module, step: None,
+        export=lambda name, weights, step: torch.save(weights, folder / f"{name}.pt"),
         batch_size=BATCH_SIZE,
         learning_rate=0.01,
-        num_steps=5,
+        num_steps=num_steps,
+        evaluate_every=2,
+        averages=averages,
+        on_nonfinite="skip" if bad else "stop",
         log_every=1,
         clip_norm=1.0,
     )
-    torch.save(stage.modules["weight"].state_dict(), folder / f"rank_{rank}_of_{world}.pt")
+    torch.save(whole_weights(stage.modules["weight"]), folder / f"rank_{rank}_of_{world}.pt")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    _, micro, folder, *more = sys.argv
+    main(int(micro), Path(folder), *map(int, more[:1]), fsdp="fsdp" in more, bad="bad" in more)
+    leave(0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.storage import atomic_folder, load_tensors, save_tensors, write_json
+from .sharding import spread_like, whole, whole_weights
 
 FILES = ("modules.safetensors", "averages.safetensors", "optimizers.safetensors", "running.safetensors")
 
@@ -35,10 +36,11 @@ class State:
     progress: dict[str, Any] = field(default_factory=dict)
 
 
-def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
+def save(folder: Path, state: State, keep: int, keep_every: int = 0, write: bool = True) -> Path:
     """Writes the state as ``folder/step_XXXXXXXXX`` and removes all but the last ``keep`` states.
 
-    States of steps that are a multiple of ``keep_every`` stay, too (0: none).
+    States of steps that are a multiple of ``keep_every`` stay, too (0: none). Without ``write`` a process
+    only hands over its parts of sharded tensors, which all must do.
 
     The folder appears under its name only when all its files are on the disk; an interruption at any
     moment leaves the earlier states as they were.
@@ -51,6 +53,8 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0) -> Path:
     running = {name: value.contiguous() for name, value in state.running.items()}
     contents = (_flatten_modules(state.modules), _flatten_modules(state.averages), optimizers, running)
     files = dict(zip(FILES, contents, strict=True))
+    if not write:
+        return target
     with atomic_folder(target) as part:
         for name, tensors in files.items():
             save_tensors(tensors, part / name)
@@ -136,9 +140,9 @@ def _hash(path: Path) -> str:
 
 def _flatten_modules(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return {
-        f"{name}.{key}": value.detach().contiguous()
+        f"{name}.{key}": value
         for name, module in modules.items()
-        for key, value in module.state_dict().items()
+        for key, value in whole_weights(module).items()
     }
 
 
@@ -150,9 +154,8 @@ def _fill_modules(modules: Mapping[str, nn.Module], tensors: dict[str, Tensor], 
             f"left over {sorted(tensors.keys() - expected)[:5]}. Choose another name=… for this run"
         )
     for name, module in modules.items():
-        prefix = f"{name}."
         module.load_state_dict(
-            {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            {key: spread_like(tensors[f"{name}.{key}"], like) for key, like in module.state_dict().items()}
         )
 
 
@@ -166,7 +169,9 @@ def _flatten_optimizers(
         state = optimizer.state_dict()
         for parameter, values in state["state"].items():
             for key, value in values.items():
-                tensors[f"{name}/{parameter}/{key}"] = torch.as_tensor(value).detach().contiguous()
+                tensors[f"{name}/{parameter}/{key}"] = (
+                    whole(torch.as_tensor(value).detach()).cpu().contiguous()
+                )
         rest[name] = state["param_groups"]
     return tensors, rest
 
@@ -183,6 +188,7 @@ def _fill_optimizers(
                 like = parameters[int(parameter)]
                 # Fused optimizers run over memory as it lies: moments must lie as their weights do.
                 if value.shape == like.shape:
-                    value = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
+                    part = spread_like(value, like)
+                    value = torch.empty_like(like, dtype=part.dtype, device=part.device).copy_(part)
                 state.setdefault(int(parameter), {})[field_name] = value
         optimizer.load_state_dict({"state": state, "param_groups": rest[name]})

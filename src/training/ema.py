@@ -3,12 +3,14 @@
 import copy
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..data.storage import atomic_folder, save_tensors
+from .sharding import local, whole_weights
 
 
 class Ema:
@@ -32,19 +34,28 @@ class Ema:
         self.modules = {
             name: copy.deepcopy(module).requires_grad_(False).eval() for name, module in modules.items()
         }
-        # Listed once: walking through modules in every step takes longer than the arithmetic.
-        self._averages: list[Tensor] = [p for module in self.modules.values() for p in module.parameters()]
-        self._weights: list[Tensor] = [p for module in modules.values() for p in module.parameters()]
-        self._buffers = [
-            pair
-            for name, module in modules.items()
-            for pair in zip(self.modules[name].buffers(), module.buffers(), strict=True)
-        ]
+        self._followed = modules
 
     @property
     def saved(self) -> dict[str, nn.Module]:
         """All that a resume needs, by name."""
         return self.modules
+
+    @cached_property
+    def _tensors(self) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Averages, the weights that they follow, and pairs of buffers.
+
+        Listed once, at the first update: walking through modules in every step takes longer than the
+        arithmetic. Of sharded modules each process lists its parts.
+        """
+        averages = [local(p) for module in self.modules.values() for p in module.parameters()]
+        weights = [local(p) for module in self._followed.values() for p in module.parameters()]
+        buffers = [
+            pair
+            for name, module in self._followed.items()
+            for pair in zip(self.modules[name].buffers(), module.buffers(), strict=True)
+        ]
+        return averages, weights, buffers
 
     def decay_at(self, num_updates: int) -> float:
         """Decay of the update with this number, counted from 1."""
@@ -53,11 +64,12 @@ class Ema:
     @torch.no_grad()
     def update(self, num_updates: int) -> None:
         """Moves the averages towards the modules; buffers are copied."""
-        torch._foreach_lerp_(self._averages, self._weights, 1.0 - self.decay_at(num_updates))
-        for average, buffer in self._buffers:
+        averages, weights, buffers = self._tensors
+        torch._foreach_lerp_(averages, weights, 1.0 - self.decay_at(num_updates))
+        for average, buffer in buffers:
             average.copy_(buffer)
 
-    def snapshot(self, folder: Path, step: int) -> None:
+    def snapshot(self, folder: Path, step: int, write: bool = True) -> None:
         """Nothing can be made of it later."""
 
 
@@ -113,15 +125,17 @@ class PostHocEma:
         for track in self.tracks.values():
             track.update(num_updates)
 
-    def snapshot(self, folder: Path, step: int) -> None:
-        """Writes the averages, in half precision, to ``folder/step_…/MODULE@LENGTH.safetensors``."""
+    def snapshot(self, folder: Path, step: int, write: bool = True) -> None:
+        """Writes the averages, in half precision, to ``folder/step_…/MODULE@LENGTH.safetensors``.
+
+        Without ``write`` a process only hands over its parts of sharded ones.
+        """
+        halved = {name: whole_weights(module, halve=True) for name, module in self.saved.items()}
+        if not write:
+            return
         with atomic_folder(folder / f"step_{step:09d}") as part:
-            for name, module in self.saved.items():
-                halved = {
-                    key: (value.half() if value.is_floating_point() else value).cpu().contiguous()
-                    for key, value in module.state_dict().items()
-                }
-                save_tensors(halved, part / f"{name}.safetensors")
+            for name, weights in halved.items():
+                save_tensors(weights, part / f"{name}.safetensors")
 
 
 Averages = Ema | PostHocEma

@@ -10,7 +10,8 @@ from typing import Literal, get_args
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
 from torch.profiler import profile, schedule
 
 from ..data.sampler import Batch, LatentBatch, derive_seed
@@ -21,6 +22,7 @@ from .ema import Averages
 from .interruption import Interrupted, StopRequests
 from .learning_rate import learning_rate_factor
 from .numbers import Pending
+from .sharding import is_sharded, synchronize, whole, whole_weights
 from .tracker import Tracker
 
 Resume = Literal["auto", "must", "never"]
@@ -82,8 +84,8 @@ def train(
     held_out: Callable[[], Iterable[Batch]],
     statistics: Callable[[], Iterable[Batch]],
     clips_of: Callable[[int], list[str]],
-    export: Callable[[str, nn.Module, int], None],
-    ema: Callable[[Mapping[str, nn.Module]], Averages] | None,
+    export: Callable[[str, dict[str, Tensor], int], None],
+    averages: Averages | None,
     settings: LoopSettings,
     accelerator: Accelerator,
     folder: Path,
@@ -103,9 +105,10 @@ def train(
         held_out: clips that aren't trained on, for previews and numbers.
         statistics: training clips for what the stage measures at its end.
         clips_of: names the clips of a step, counted from 1, for messages.
-        export: writes a model folder (``model``, ``model_best``) of a module at a step; called on the main
+        export: writes a model folder (``model``, ``model_best``) of weights at a step; called on the main
             process.
-        ema: makes the moving averages that previews, numbers and the model folder use; None for none.
+        averages: moving averages of the stage's modules, for previews, numbers and the model folder; None
+            for none.
         settings: lengths and periods.
         accelerator: devices, precision, gradient accumulation.
         folder: of the run.
@@ -132,10 +135,12 @@ def train(
     bare = stage.modules
     for module in bare.values():
         module.to(accelerator.device).train()
-    # The averages are copied first: preparing for mixed precision patches a module's forward in place.
-    averages = ema(bare) if ema is not None else None
-    modules = {name: accelerator.prepare(module) for name, module in bare.items()}
     shown = averages.modules if averages is not None else bare
+    # Sharded modules exchange gradients themselves, and compute only where all processes take part.
+    sharded = any(is_sharded(module) for module in bare.values())
+    modules = {
+        name: module if is_sharded(module) else accelerator.prepare(module) for name, module in bare.items()
+    }
 
     # Where a former run of the same command stopped.
     state = checkpoint.State(
@@ -200,17 +205,22 @@ def train(
             console.show(step, next(iter(numbers.values())))
 
     def look(preview: bool, evaluate: bool) -> None:
-        if tracks is None:
+        if tracks is None and not sharded:
             return
         for module in bare.values():
             module.eval()
         if preview:
             batch = next(iter(held_out()), None)
             if batch is not None:
-                tracks.videos(step, stage.preview(shown, _first_clips(batch, 8)))
+                videos = stage.preview(shown, _first_clips(batch, 8))
+                if tracks is not None:
+                    tracks.videos(step, videos)
         if evaluate:
             numbers = stage.evaluate(shown, held_out())
-            tracks.log(step, {"time": seconds()} | {f"held_out/{name}": x for name, x in numbers.items()})
+            if tracks is not None:
+                tracks.log(step, {"time": seconds()} | {f"held_out/{name}": x for name, x in numbers.items()})
+            if sharded:  # all must come to the same decision
+                numbers = broadcast_object_list([numbers])[0]
             keep_best(numbers)
         for module in bare.values():
             module.train()
@@ -226,7 +236,12 @@ def train(
         if better:
             state.progress["best"] = value
             stage.finish(shown, statistics())
-            export("model_best", shown[stage.exported], step)
+            write_model("model_best")
+
+    def write_model(name: str) -> None:
+        weights = whole_weights(shown[stage.exported]) if main or sharded else {}
+        if main:
+            export(name, weights, step)
 
     def save() -> None:
         # What processes have summed apart is averaged, which is what the next step would do with it.
@@ -244,9 +259,18 @@ def train(
             }
             if scaler is not None:
                 state.progress["scaler"] = scaler.state_dict()
-            checkpoint.save(folder / "state", state, settings.keep_states, settings.keep_every)
+        write_state()
+        if main:
             record(step, seconds())
         accelerator.wait_for_everyone()
+
+    def write_state() -> None:
+        if main or sharded:
+            checkpoint.save(folder / "state", state, settings.keep_states, settings.keep_every, write=main)
+
+    def snapshot() -> None:
+        if averages is not None and (main or sharded):
+            averages.snapshot(folder / "averages", step, write=main)
 
     source = batches(step)
     requests.at_once = False
@@ -267,6 +291,8 @@ def train(
             synchronized = False
             while not synchronized:
                 with accelerator.accumulate(*modules.values()):
+                    for module in modules.values():
+                        synchronize(module, accelerator.sync_gradients)
                     with console.waiting():
                         batch = next(source)
                     for update in stage.updates(modules, batch, step):
@@ -275,6 +301,7 @@ def train(
                         if accelerator.sync_gradients:
                             largest = settings.clip_norm if settings.clip_norm > 0 else math.inf
                             norm = accelerator.clip_grad_norm_(parameters[update.name], largest)
+                            norm = None if norm is None else whole(norm)
                             # With fp16 a norm may overflow: that step is skipped and the loss scale falls.
                             if norm is not None and scaler is None:
                                 numbers["gradient_norm"] = norm.detach()
@@ -295,8 +322,8 @@ def train(
                 log()
             if every(step, settings.preview_every) or every(step, settings.evaluate_every):
                 look(every(step, settings.preview_every), every(step, settings.evaluate_every))
-            if averages is not None and main and every(step, settings.snapshot_every):
-                averages.snapshot(folder / "averages", step)
+            if every(step, settings.snapshot_every):
+                snapshot()
             saves = every(step, settings.save_every) and step < settings.num_steps
             if saves:
                 log()
@@ -323,15 +350,16 @@ def train(
     for module in bare.values():
         module.eval()
     stage.finish(shown, statistics())
-    if tracks is not None:
-        best = state.progress.get("best")
-        look(not every(step, settings.preview_every), tracks.last_step_measured != step)
-        if state.progress.get("best") != best:
-            checkpoint.save(folder / "state", state, settings.keep_states, settings.keep_every)
-    if main and averages is not None and settings.snapshot_every:
-        averages.snapshot(folder / "averages", step)
-    if main:
-        export("model", shown[stage.exported], step)
+    best = state.progress.get("best")
+    measured = tracks is not None and tracks.last_step_measured == step
+    if sharded:
+        measured = broadcast_object_list([measured])[0]
+    look(not every(step, settings.preview_every), not measured)
+    if state.progress.get("best") != best:
+        write_state()
+    if settings.snapshot_every:
+        snapshot()
+    write_model("model")
     accelerator.wait_for_everyone()
     if tracks is not None:
         tracks.finish()

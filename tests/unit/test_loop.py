@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -18,7 +21,7 @@ from src.data.sampler import Batch
 from src.stages.stage import Modules, Update
 from src.training import checkpoint
 from src.training.device import make_accelerator
-from src.training.ema import Ema
+from src.training.ema import Averages, Ema
 from src.training.interruption import Interrupted, StopRequests
 from src.training.loop import LoopSettings, check_resume, reseed, train
 from src.training.numbers import NonFiniteError, Pending
@@ -91,9 +94,10 @@ def run(
     *,
     stage: OneWeight | None = None,
     accelerator: Accelerator | None = None,
-    export: Callable[[str, nn.Module, int], None] | None = None,
+    export: Callable[[str, dict[str, Tensor], int], None] | None = None,
     resume: str = "auto",
     batch_size: int = 2,
+    averages: Averages | None = None,
     learning_rate: float = 0.1,
     fused: bool = True,
     **changes: Any,
@@ -111,8 +115,8 @@ def run(
             held_out=list,
             statistics=list,
             clips_of=lambda step: [f"clip_{2 * step - 2}.mp4", f"clip_{2 * step - 1}.mp4"],
-            export=export or (lambda name, module, step: (folder / name).mkdir(exist_ok=True)),
-            ema=lambda modules: Ema(modules, 0.9),
+            export=export or (lambda name, weights, step: (folder / name).mkdir(exist_ok=True)),
+            averages=averages or Ema(stage.modules, 0.9),
             settings=settings_of(**changes),
             accelerator=accelerator,
             folder=folder,
@@ -273,7 +277,7 @@ def test_the_best_model_is_kept(tmp_path: Path) -> None:
         def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
             return {"score": next(self.scores)}
 
-    def export(name: str, module: nn.Module, step: int) -> None:
+    def export(name: str, weights: dict[str, Tensor], step: int) -> None:
         exports.append((name, step))
 
     for higher, wanted in (((), [3, 6, 11]), (("score",), [3])):
@@ -358,31 +362,72 @@ def test_a_record_knows_all_starts(tmp_path: Path) -> None:
     assert told["config_sha256"] == hashlib.sha256(b'{"seed": 0}').hexdigest()
 
 
+def in_processes(world: int, *arguments: str) -> None:
+    """Runs `one_of_several.py` in so many processes."""
+    script = Path(__file__).parents[1] / "one_of_several.py"
+    root = script.parents[1]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    told = subprocess.run(
+        [sys.executable, *(launcher if world > 1 else []), str(script), *arguments],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_the_same_run(tmp_path: Path) -> None:
+    """Weights, averages and optimizer state of two processes' parts, put together, are those of one process.
+
+    Stopped and taken up again, sharded as before, the bits are the same; a sharded run's state serves a whole
+    one, and the other way round.
+    """
+    for name, world, steps, *how in [
+        ("whole", 1, "5"), ("sharded", 2, "5", "fsdp"),
+        ("stopped", 2, "3", "fsdp"), ("stopped", 2, "5", "fsdp"),
+        ("sharded_then_whole", 2, "3", "fsdp"), ("sharded_then_whole", 1, "5"),
+        ("whole_then_sharded", 1, "3"), ("whole_then_sharded", 2, "5", "fsdp"),
+        ("whole_skipping", 1, "5", "bad"), ("sharded_skipping", 2, "5", "fsdp", "bad"),
+    ]:  # fmt: skip
+        in_processes(int(world), "2", str(tmp_path / str(name)), str(steps), *map(str, how))
+    contents = {}
+    for name in sorted(path.name for path in tmp_path.iterdir()):
+        (state,) = checkpoint.list_states(tmp_path / name / "state")[-1:]
+        assert state.name == "step_000000005"
+        contents[name] = {
+            file: load_file(state / file)
+            for file in ("modules.safetensors", "averages.safetensors", "optimizers.safetensors")
+        } | {"model": torch.load(tmp_path / name / "model.pt")}
+    assert contents["whole"]["modules.safetensors"]["weight.layers.1.weight"].shape == (16, 12)
+    assert not torch.equal(
+        *(contents[name]["model"]["layers.1.bias"] for name in ("whole", "whole_skipping"))
+    )
+    for name in contents:
+        like = "whole_skipping" if "skipping" in name else "whole"
+        for file, tensors in contents[like].items():
+            for key, value in tensors.items():
+                other = contents[name][file][key]
+                torch.testing.assert_close(other, value, rtol=0, atol=2e-6)
+                if name == "stopped":
+                    assert torch.equal(other, contents["sharded"][file][key])
+
+
 @pytest.mark.slow
 def test_processes_and_micro_batches_change_rounding_only(tmp_path: Path) -> None:
     """After five steps all processes hold the same bits, and all splits the same numbers up to rounding."""
-    import subprocess
-    import sys
-
-    script = Path(__file__).parents[1] / "one_of_several.py"
-    root = script.parents[1]
     results: list[dict[str, Tensor]] = []
     for world in (1, 2):
         for micro in (1, 4):
             folder = tmp_path / f"{world}_{micro}"
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-            told = subprocess.run(
-                [sys.executable, *(launcher if world > 1 else []), str(script), str(micro), str(folder)],
-                cwd=root, env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-                capture_output=True, text=True, timeout=120,
-            )  # fmt: skip
-            assert told.returncode == 0, told.stderr
+            in_processes(world, str(micro), str(folder))
             ranks = [torch.load(folder / f"rank_{rank}_of_{world}.pt") for rank in range(world)]
             assert all(torch.equal(ranks[0][key], ranks[-1][key]) for key in ranks[0])
             results.append(ranks[0])
-            assert [row["weight/loss"] for row in rows(folder)[:5]] == pytest.approx(
-                [row["weight/loss"] for row in rows(tmp_path / "1_1")[:5]], rel=1e-5
+            losses, first = (
+                [row["weight/loss"] for row in rows(path) if "weight/loss" in row]
+                for path in (folder, tmp_path / "1_1")
             )
+            assert len(losses) == 5 and losses == pytest.approx(first, rel=1e-5)
     for other in results[1:]:
         for key, weight in results[0].items():
             torch.testing.assert_close(other[key], weight, rtol=0, atol=2e-6)
