@@ -60,7 +60,8 @@ def main(
                 ]
                 if bad and step == 2 and positions[0] == BATCH_SIZE * step:
                     draws[0] = draws[0] * torch.nan
-                yield Batch(torch.stack(draws), torch.full((micro,), -1), positions)
+                video = torch.stack(draws).to(accelerator.device)
+                yield Batch(video, torch.full((micro,), -1), positions)
             step += 1
 
     run(

@@ -49,14 +49,16 @@ class Panel:
 
 
 def panels(curves: Mapping[str, Curve]) -> list[Panel]:
-    """Which curves to draw together: one quantity at several levels (`loss_at_125`, …), else each alone.
+    """Which curves to draw together: one quantity at several levels (`loss_at_125`, …) or of
+    several parts (`gradient_norm_of/kl`, …), else each alone.
 
     Losses first, then what is measured on held-out clips, then the rest, each in the order of appearance.
     """
     grouped: dict[str, dict[str, Curve]] = {}
     for name, curve in curves.items():
-        title, at, level = name.partition("_at_")
-        grouped.setdefault(f"{title} at" if at else title, {})[level if at else ""] = curve
+        split = re.fullmatch(r"(?P<title>.+)_(?P<by>at_|of/)(?P<level>.+)", name)
+        title, level = (f"{split['title']} {split['by'][:2]}", split["level"]) if split else (name, "")
+        grouped.setdefault(title, {})[level] = curve
     found = [Panel(title, members) for title, members in grouped.items()]
     return sorted(found, key=lambda panel: _rank(panel.title))
 

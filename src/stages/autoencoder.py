@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data.sampler import Batch, LatentBatch, randn_per_clip
 from ..metrics.reconstruction import psnr, ssim
 from ..metrics.video_statistics import contrast, motion_energy
-from ..models.autoencoder import Autoencoder3d, LatentSpace
+from ..models.autoencoder import Autoencoder3d, LatentSpace, Posterior
 from .stage import Modules, Update
 
 # Below this share of the real clips' contrast or motion, reconstructions count as collapsed.
@@ -122,16 +122,11 @@ class AutoencoderStage:
         )
         reconstruction, posterior = modules["autoencoder"](video, noise)
 
-        pixel = self.pixel_error(reconstruction, video)
-        loss = pixel
-        metrics = {"pixel": pixel.detach()}
-        if self.perceptual is not None:
-            perceptual = self.perceptual(
-                rearrange(reconstruction, "b c t h w -> (b t) c h w"),
-                rearrange(video, "b c t h w -> (b t) c h w"),
-            ).mean()
-            loss = loss + self.perceptual_weight * perceptual
-            metrics["perceptual"] = perceptual.detach()
+        terms = self._terms(video, reconstruction, posterior)
+        loss = terms["pixel"]
+        if "perceptual" in terms:
+            loss = loss + self.perceptual_weight * terms["perceptual"]
+        metrics = {name: term.detach() for name, term in terms.items()}
         if adversarial:
             assert self.discriminator is not None
             self.discriminator.requires_grad_(False)
@@ -142,9 +137,7 @@ class AutoencoderStage:
             metrics["adversarial"], metrics["adaptive_weight"] = opinion.detach(), weight
             metrics |= {f"gradient_norm_of/{name}": norm for name, norm in self.gradient_norms.items()}
             loss = loss + self.adversarial_weight * weight * opinion
-        kl = posterior.kl().mean() / noise[0].numel()
-        metrics["kl"] = kl.detach()
-        yield Update("autoencoder", loss + self.kl_weight * kl, metrics)
+        yield Update("autoencoder", loss + self.kl_weight * terms["kl"], metrics)
 
         if adversarial:
             pair = torch.cat([video, reconstruction.detach()])
@@ -166,6 +159,17 @@ class AutoencoderStage:
                 loss = loss + self.lecam_weight * pull
             self.running["sum_of_logits"] += torch.stack([metrics["real"], metrics["fake"]]).float()
             yield Update("discriminator", loss, metrics)
+
+    def _terms(self, video: Tensor, reconstruction: Tensor, posterior: Posterior) -> dict[str, Tensor]:
+        """The parts of the loss that ask no adversary, unweighted means over clips."""
+        terms = {"pixel": self.pixel_error(reconstruction, video)}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(
+                rearrange(reconstruction, "b c t h w -> (b t) c h w"),
+                rearrange(video, "b c t h w -> (b t) c h w"),
+            ).mean()
+        terms["kl"] = posterior.kl().mean() / posterior.mean[0].numel()
+        return terms
 
     def _begin_step(self, step: int, device: torch.device) -> None:
         """At a new step, makes the last one's sums over micro-batches and processes into running values."""
@@ -211,10 +215,13 @@ class AutoencoderStage:
     def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
         """Reconstructions of held-out clips: PSNR (dB), SSIM, perceptual distance, contrast and motion.
 
-        The last two are shares of the real clips'; a collapse (grey or frozen clips) is warned of.
+        The last two are shares of the real clips'; a collapse (grey or frozen clips) is warned of. Of two
+        clips also the norm of the gradient of each weighted part of the loss.
         """
         scores: dict[str, list[Tensor]] = {}
+        norms: dict[str, float] = {}
         for batch in batches:
+            norms = norms or self.gradient_norms_of(modules, batch)
             video, reconstruction = batch.video, _reconstruct(_latent_space(modules), batch.video)
             told = {
                 "psnr": psnr(reconstruction, video),
@@ -244,7 +251,32 @@ class AutoencoderStage:
                         "stage.adversarial_weight, or go back to an earlier state",
                         stacklevel=2,
                     )
-        return means
+        return means | {f"gradient_norm_of/{name}": norm for name, norm in norms.items()}
+
+    def gradient_norms_of(self, modules: Modules, batch: Batch) -> dict[str, float]:
+        """How strongly each weighted part of the loss pulls at the autoencoder's weights, on two clips."""
+        video, positions = batch.video[:2], batch.positions[:2]
+        autoencoder = modules["autoencoder"]
+        parameters = list(autoencoder.parameters())
+        learning = [parameter.requires_grad for parameter in parameters]
+        shape = self.autoencoder.latent_shape(*video.shape[2:])
+        noise = randn_per_clip(shape, self.seed, positions, "posterior", video.device)
+        weights = {"pixel": 1.0, "perceptual": self.perceptual_weight, "kl": self.kl_weight}
+        autoencoder.requires_grad_(True)  # averages have none
+        with torch.enable_grad():
+            reconstruction, posterior = autoencoder(video, noise)
+            terms = self._terms(video, reconstruction, posterior)
+            if "discriminator" in modules and self.running["adaptive_weight"] > 0:
+                weights["adversarial"] = self.adversarial_weight * float(self.running["adaptive_weight"])
+                terms["adversarial"] = -modules["discriminator"](reconstruction).mean()
+            norms = {}
+            for name, term in terms.items():
+                gradient = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+                parts = [part.norm() for part in gradient if part is not None]
+                norms[name] = weights[name] * float(torch.stack(parts).norm())
+        for parameter, flag in zip(parameters, learning, strict=True):
+            parameter.requires_grad_(flag)
+        return norms
 
     @torch.no_grad()
     def finish(self, modules: Modules, batches: Iterable[Batch]) -> None:

@@ -184,7 +184,7 @@ LAYOUT = {
     "Held out": {
         "loss": ["Multiline", [r"^held_out/loss.*"]],
         "PSNR in dB": ["Multiline", [r"^held_out/psnr$"]],
-        "other numbers": ["Multiline", [r"^held_out/(?!loss|psnr).*"]],
+        "other numbers": ["Multiline", [r"^held_out/(?!loss|psnr|gradient).*"]],
     },
     "Machine": {
         "clips per second": ["Multiline", [r"^speed/clips_per_second$"]],

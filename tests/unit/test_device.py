@@ -74,7 +74,7 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
 @pytest.mark.parametrize("flag", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_sharded_models_are_refused(flag, monkeypatch):
     monkeypatch.setenv(flag, "true")
-    with pytest.raises(ValueError, match="shards a model over processes"):
+    with pytest.raises(ValueError, match="machine=fsdp shards a model over processes"):
         refuse_broken_launch()
 
 

@@ -376,6 +376,18 @@ def in_processes(world: int, *arguments: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("how", [[], ["fsdp"]])
+def test_two_gpus_and_one_train_the_same(tmp_path: Path, how: list[str]) -> None:
+    for world in (1, 2):
+        in_processes(world, "2", str(tmp_path / str(world)), "5", *(how if world > 1 else []))
+    one, two = (torch.load(tmp_path / str(world) / "model.pt") for world in (1, 2))
+    for key, weight in one.items():
+        torch.testing.assert_close(two[key], weight, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_a_sharded_run_is_the_same_run(tmp_path: Path) -> None:
     """Weights, averages and optimizer state of two processes' parts, put together, are those of one process.
 

@@ -222,6 +222,34 @@ def test_penalties_of_the_discriminator_have_their_closed_forms() -> None:
         assert with_lecam[i] - plain[i] == pytest.approx(0.5 * expected.item(), rel=1e-3, abs=1e-6)
 
 
+def test_each_part_of_the_loss_tells_the_norm_of_its_gradient() -> None:
+    """The norms are those of losses of one part each; frozen averages stay frozen."""
+    from src.data.sampler import randn_per_clip
+
+    clips = big_clips()
+    stage = autoencoder_stage()
+    stage.kl_weight, stage.adversarial_weight = 0.25, 0.5
+    stage.discriminator = stage.modules["discriminator"] = Plane()
+    stage.running["adaptive_weight"] = torch.tensor(3.0)
+    frozen = {name: module.requires_grad_(False) for name, module in stage.modules.items()}
+    numbers = stage.evaluate(frozen, [clips])
+    autoencoder = stage.autoencoder
+    assert not any(p.requires_grad or p.grad is not None for p in autoencoder.parameters())
+    autoencoder.requires_grad_(True)
+    video = clips.video[:2]
+    shape = autoencoder.latent_shape(*video.shape[2:])
+    noise = randn_per_clip(shape, 0, clips.positions[:2], "posterior", "cpu")
+    for name, part in {
+        "pixel": lambda x, posterior: (x - video).square().mean(),
+        "kl": lambda x, posterior: 0.25 * posterior.kl().sum() / posterior.mean.numel(),
+        "adversarial": lambda x, posterior: -1.5 * Plane()(x).mean(),
+    }.items():
+        autoencoder.zero_grad()
+        part(*autoencoder(video, noise)).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in autoencoder.parameters() if p.grad is not None])
+        assert numbers[f"gradient_norm_of/{name}"] == pytest.approx(norm.item(), rel=1e-5)
+
+
 def test_collapsed_reconstructions_are_warned_of() -> None:
     stage = autoencoder_stage()
     clips = big_clips()
