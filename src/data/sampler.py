@@ -9,7 +9,7 @@ import atexit
 import hashlib
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -165,7 +165,10 @@ class PositionSampler(Sampler[list[int]]):
 
 @dataclass
 class Batch:
-    """Clips: ``video`` float ``b c t h w`` in [-1, 1]; ``label`` (−1: none), ``positions`` int64 ``b``."""
+    """Clips: ``video`` float ``b c t h w`` in [-1, 1]; ``label`` (−1: none), ``positions`` int64 ``b``.
+
+    Positions stay in the host's memory: random numbers are drawn there, and nobody waits for the device.
+    """
 
     video: Tensor
     label: Tensor
@@ -174,7 +177,7 @@ class Batch:
 
 @dataclass
 class LatentBatch:
-    """Encoded clips: normalised posterior ``mean`` and ``std`` ``b c t h w``; labels as above."""
+    """Encoded clips: normalised posterior ``mean`` and ``std`` ``b c t h w``; the rest as above."""
 
     mean: Tensor
     std: Tensor
@@ -202,7 +205,10 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 def to_batch(collated: dict[str, Tensor], device: torch.device | str) -> Batch | LatentBatch:
     """Move a collated batch to the device; frames travel as bytes and become float there."""
-    moved = {key: value.to(device, non_blocking=True) for key, value in collated.items()}
+    moved = {
+        key: value if key == "position" else value.to(device, non_blocking=True)
+        for key, value in collated.items()
+    }
     if "frames" in moved:
         return Batch(to_video(moved["frames"]), moved["label"], moved["position"])
     return LatentBatch(moved["mean"], moved["std"], moved["label"], moved["position"])
@@ -235,12 +241,19 @@ def _start_worker(worker: int) -> None:
 
 def batches(
     dataset: Dataset[dict[str, Any]],
-    sampler: PositionSampler,
+    sampler: Iterable[list[int]],
     *,
     num_workers: int,
     device: torch.device | str,
+    pin_memory: bool = False,
+    prefetch_factor: int | None = None,
 ) -> Iterator[Batch | LatentBatch]:
     """Load the sampler's micro-batches in order, in ``num_workers`` processes (0: in this one).
+
+    Each worker, of one thread, keeps ``prefetch_factor`` batches ready (None: as PyTorch chooses). With
+    ``pin_memory`` batches for a GPU come from page-locked memory, so that they are copied during
+    computations. The workers live until the sampler ends: there is one pass over an endless order, and
+    nothing that PyTorch's ``persistent_workers`` could keep from one pass to the next.
 
     Raises OSError if one of them dies, or can't read its clips.
     """
@@ -250,7 +263,8 @@ def batches(
         collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=_start_worker,
-        pin_memory=torch.device(device).type == "cuda",
+        pin_memory=pin_memory and torch.device(device).type == "cuda",
+        prefetch_factor=prefetch_factor if num_workers else None,
         # A generator of its own: the loader would otherwise draw from, and so disturb, the global one.
         generator=torch.Generator().manual_seed(0),
     )
