@@ -10,6 +10,8 @@ from .config import ConfigError, EncodeConfig, MachineSettings, build, flat, ful
 
 # Which clips are encoded doesn't depend on a run's seed: runs of several seeds share the latents.
 ENCODING_SEED = 0
+# A shard is what is lost at most when an encoding is killed, and what its processes share out.
+CLIPS_PER_SHARD = 256
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +35,8 @@ def main(cfg: DictConfig) -> None:
     machine: MachineSettings = typed(cfg, "machine", MachineSettings)
     if cfg.model is None or cfg.output is None:
         raise ConfigError(
-            f"model={cfg.model}, output={cfg.output}: give the autoencoder's folder and the latents', or an "
-            "experiment and latents=FOLDER"
+            f"model={cfg.model}, output={cfg.output}: give the folders of a trained autoencoder and of the "
+            "latents, or +experiment=NAME of a diffusion model with latents=FOLDER"
         )
     refuse_broken_launch()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = machine.tf32
@@ -105,8 +107,7 @@ def encode(
         ValueError: if the folder holds latents of other data or of another autoencoder.
         OSError: if it can't be written to; the shards that are finished stay.
     """
-    from .data.latents import LatentDataset, LatentWriter
-    from .data.storage import exclusive
+    from .data.latents import LatentDataset, LatentWriter, writing_alone
     from .model_folder import load_autoencoder
 
     if clips_per_video < 1 or batch_size < 1:
@@ -114,23 +115,22 @@ def encode(
             f"clips_per_video and batch_size must be at least 1, got {clips_per_video}, {batch_size}"
         )
     metadata = metadata_of(dataset, autoencoder_folder, clips_per_video)
-    num_clips = len(dataset) * clips_per_video
+    sizes = {"num_clips": len(dataset) * clips_per_video, "clips_per_shard": CLIPS_PER_SHARD}
 
     def begin() -> list[int] | None:
         """The missing shards; None if the latents are complete. Asked of one process, for all to agree."""
         if (folder / "index.json").exists():
             return None
-        writer = LatentWriter(folder, metadata, num_clips=num_clips)
+        writer = LatentWriter(folder, metadata, **sizes)
         writer.remove_leftovers()
         return writer.missing()
 
     complete = share.from_first((folder / "index.json").exists)
     if not complete:
-        # Another run that needs the same latents waits for these.
-        with exclusive(folder / ".lock") if share.rank == 0 else nullcontext():
+        with writing_alone(folder) if share.rank == 0 else nullcontext():
             missing = share.from_first(begin)
             if missing is not None:
-                writer = LatentWriter(folder, metadata, num_clips=num_clips)
+                writer = LatentWriter(folder, metadata, **sizes)
                 autoencoder = load_autoencoder(autoencoder_folder).to(device)
                 _write_shards(
                     writer,

@@ -3,7 +3,7 @@
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .sampler import EndlessOrder, LatentBatch
-from .storage import atomic_path, read_json, save_tensors, write_json
+from .storage import atomic_path, exclusive, read_json, save_tensors, write_json
 
 FORMAT = 2
-# A shard is what is lost at most when an encoding is killed, and what its processes share out.
-CLIPS_PER_SHARD = 256
 
 # What must agree between the latents on disk and who writes or reads them: the autoencoder's hash, the data's
 # fingerprint, stride, resolution and whatever else the caller cares for. JSON values only.
@@ -49,6 +47,18 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def writing_alone(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: another program that wants to write the same latents waits for these.
+
+    Raises OSError if the folder can't be written to.
+    """
+    with ExitStack() as held:
+        with _writing(folder):
+            held.enter_context(exclusive(folder / ".lock"))
+        yield
+
+
 class LatentWriter:
     """Write the posteriors of ``num_clips`` clips into safetensors shards of ``clips_per_shard`` clips.
 
@@ -66,7 +76,7 @@ class LatentWriter:
         metadata: Metadata,
         *,
         num_clips: int,
-        clips_per_shard: int = CLIPS_PER_SHARD,
+        clips_per_shard: int,
     ) -> None:
         if num_clips < 1 or clips_per_shard < 1:
             raise ValueError(

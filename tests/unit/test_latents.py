@@ -150,7 +150,7 @@ def test_other_latents_are_refused_with_what_differs(tmp_path: Path) -> None:
         told = [str(list(value) if isinstance(value, tuple) else value) for value in (old, new)]
         for use in (
             lambda other: LatentDataset(tmp_path, other, seed=0),
-            lambda other: LatentWriter(tmp_path, other, num_clips=23),
+            lambda other: LatentWriter(tmp_path, other, num_clips=23, clips_per_shard=10),
         ):
             with pytest.raises(ValueError, match="something else") as refused:
                 use(METADATA | changed)
@@ -169,14 +169,14 @@ def test_latents_of_another_format_or_of_nobody_knows_what_are_refused(
         patch.setattr(latents, "FORMAT", 99)
         for use in (
             lambda: LatentDataset(tmp_path, METADATA, seed=0),
-            lambda: LatentWriter(tmp_path, METADATA, num_clips=23),
+            lambda: LatentWriter(tmp_path, METADATA, num_clips=23, clips_per_shard=10),
         ):
             with pytest.raises(ValueError, match="format: 2 -> 99"):
                 use()
     for name in ("started.json", "index.json"):
         (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=r"no started\.json"):
-        LatentWriter(tmp_path, METADATA, num_clips=23)
+        LatentWriter(tmp_path, METADATA, num_clips=23, clips_per_shard=10)
 
 
 def test_what_is_no_latents_is_refused(tmp_path: Path) -> None:
@@ -211,8 +211,8 @@ def test_what_the_disk_refuses_is_one_clear_error_and_leaves_what_is_finished(
         ):
             writer.write(1, *clips(range(3, 5)))
     assert not list(tmp_path.glob(".*.part"))
-    assert LatentWriter(tmp_path, METADATA, num_clips=5).missing() == [1]
+    assert LatentWriter(tmp_path, METADATA, num_clips=5, clips_per_shard=3).missing() == [1]
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(OSError, match="can't write latents to"):
-        LatentWriter(file / "below", METADATA, num_clips=5)
+        LatentWriter(file / "below", METADATA, num_clips=5, clips_per_shard=3)
