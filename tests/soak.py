@@ -38,7 +38,7 @@ def give_back() -> None:
 
 
 class Watched(Dataset[dict[str, Any]]):
-    """A data set whose processes return freed memory now and then, and may keep so many bytes of every clip."""
+    """A data set whose processes return freed memory now and then, and may keep some bytes of every clip."""
 
     def __init__(self, dataset: Dataset[dict[str, Any]], leak: int) -> None:
         self.dataset = dataset
@@ -50,7 +50,7 @@ class Watched(Dataset[dict[str, Any]]):
         self.num_read += 1
         if self.leak:
             self.kept.append(os.urandom(self.leak))
-        if self.num_read % 50 == 0:
+        if self.num_read % 200 == 0:
             give_back()
         return self.dataset[position]
 
@@ -112,7 +112,7 @@ def soak(source: str, num_clips: int, *, leak: int = 0) -> Memory:
         least: dict[int, float] = {}
         loaded = batches(dataset, sampler, num_workers=NUM_WORKERS, device="cpu")
         for step, _ in enumerate(loaded):
-            if step // part in (1, 4):
+            if step // part in (1, 4) and step % 20 == 0:
                 least[step // part] = min(least.get(step // part, math.inf), resident())
             if step == 4 * part:
                 assert len(multiprocessing.active_children()) == NUM_WORKERS
