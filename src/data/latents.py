@@ -4,7 +4,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self.seed = seed
         self._begins: list[int] = list(accumulate(index["shards"], initial=0))
         self._order = EndlessOrder(self._begins[-1], seed)
-        self._open: dict[int, Any] = {}
+        self._open: dict[int, dict[str, Tensor]] = {}
 
     def __len__(self) -> int:
         """How many clips were encoded: the length of an epoch."""
@@ -203,7 +203,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """The shape (c, t, h, w) of a clip's latents."""
-        _, c, t, h, w = self._shard(0).get_slice("mean").get_shape()
+        _, c, t, h, w = self._shard(0)["mean"].shape
         return c, t, h, w
 
     def __getitem__(self, position: int) -> dict[str, Any]:
@@ -219,8 +219,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
     def on_device(self, device: torch.device | str) -> "ResidentLatents":
         """Read all clips to a device; ValueError if they are larger than its free memory."""
-        pieces = [self._shard(number) for number in range(len(self._begins) - 1)]
-        first = {name: pieces[0].get_slice(name)[:1] for name in ("mean", "std", "label")}
+        first = self._shard(0)
         num_bytes = len(self) * sum(tensor[0].numel() * tensor.element_size() for tensor in first.values())
         free = _free_memory(torch.device(device))
         if num_bytes > free:
@@ -232,24 +231,26 @@ class LatentDataset(Dataset[dict[str, Any]]):
             name: torch.empty((len(self), *tensor.shape[1:]), dtype=tensor.dtype, device=device)
             for name, tensor in first.items()
         }
-        for begin, end, piece in zip(self._begins, self._begins[1:], pieces, strict=False):
-            for name, tensor in whole.items():
-                tensor[begin:end].copy_(piece.get_tensor(name))
+        for number, (begin, end) in enumerate(pairwise(self._begins)):
+            for name, tensor in self._shard(number).items():
+                whole[name][begin:end].copy_(tensor)
         return ResidentLatents(whole["mean"], whole["std"], whole["label"], self._order)
 
-    def _shard(self, number: int) -> Any:
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        """The tensors of a shard, which lie in the file: only what is read of them comes into memory."""
         if number not in self._open:
-            self._open[number] = safe_open(self.folder / _shard_name(number), framework="pt")
+            # Whole tensors that are indexed here: each slice that safetensors is asked for leaks some bytes.
+            with safe_open(self.folder / _shard_name(number), framework="pt") as file:
+                self._open[number] = {name: file.get_tensor(name) for name in ("mean", "std", "label")}
         return self._open[number]
 
     def _clip(self, index: int) -> dict[str, Any]:
         number = bisect_right(self._begins, index) - 1
-        index -= self._begins[number]
-        shard = self._shard(number)
+        shard, place = self._shard(number), index - self._begins[number]
         return {
-            "mean": shard.get_slice("mean")[index].float(),
-            "std": shard.get_slice("std")[index].float(),
-            "label": int(shard.get_slice("label")[index : index + 1]),
+            "mean": shard["mean"][place].to(torch.float32, copy=True),
+            "std": shard["std"][place].to(torch.float32, copy=True),
+            "label": int(shard["label"][place]),
         }
 
     def __getstate__(self) -> dict[str, Any]:
