@@ -9,7 +9,8 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -19,6 +20,7 @@ from typing import Self, cast
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 
@@ -255,7 +257,7 @@ def _decode(
             reformatter = VideoReformatter()
             if seek_to is not None:
                 container.seek(seek_to, stream=stream)
-            for packet in container.demux(stream):
+            for packet in _packets(container, stream):
                 try:
                     decoded = packet.decode()
                 except av.error.FFmpegError as error:
@@ -277,6 +279,12 @@ def _decode(
             damaged.append(reason)
     if not found:
         raise VideoError(path, reason)
+
+
+def _packets(container: InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """Give a stream's packets; PyAV's own iterator, left before its end and not closed, is never freed."""
+    with closing(cast(Generator[av.Packet, None, None], container.demux(stream))) as packets:
+        yield from packets
 
 
 def _timed(
