@@ -248,10 +248,11 @@ def test_a_run_on_latents_is_the_run_on_pixels(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where each video is one clip, step by step; held on the device to the last bit, and without workers."""
-    loader, asked = sampler.batches, []
+    loader = sampler.batches
+    asked: list[dict[str, Any]] = []
 
     def noted(*arguments: Any, **options: Any) -> Any:
-        asked.append(options["num_workers"])
+        asked.append(options)
         return loader(*arguments, **options)
 
     monkeypatch.setattr(sampler, "batches", noted)
@@ -263,7 +264,7 @@ def test_a_run_on_latents_is_the_run_on_pixels(
     ]  # fmt: skip
     rows = {}
     for name, options in {
-        "pixels": ["latents=null"],
+        "pixels": ["latents=null", "machine.num_workers=1", "machine.prefetch_factor=5"],
         "latents": [f"latents={tmp_path}/l"],
         "resident": [f"latents={tmp_path}/l", "latents_on_device=true", "machine.num_workers=2"],
     }.items():
@@ -274,7 +275,11 @@ def test_a_run_on_latents_is_the_run_on_pixels(
         rows[name] = [
             {key: value for key, value in json.loads(line).items() if key != "time"} for line in lines
         ]
-    assert 2 not in asked, "where all latents are held nothing has to be loaded"
+        if name == "pixels":
+            told = {"num_workers": 1, "prefetch_factor": 5, "pin_memory": False}
+            assert any(options.items() >= told.items() for options in asked), "as the config says"
+    workers = [options["num_workers"] for options in asked]
+    assert 2 not in workers, "where all latents are held nothing has to be loaded"
     assert rows["resident"] == rows["latents"]
     losses = {name: [row["unet/loss"] for row in of if "unet/loss" in row] for name, of in rows.items()}
     assert len(losses["pixels"]) == 8, "more than an epoch of 24 clips"

@@ -236,7 +236,7 @@ def test_positions_stay_where_random_numbers_are_drawn() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", soak.SOURCES)
+@pytest.mark.parametrize("source", soak.SHORT)
 def test_memory_does_not_grow_over_epochs(source: str) -> None:
     """`make soak` in short: an allowed growth that a leak of a kilobyte a clip goes beyond."""
     assert soak.soak(source, soak.SHORT[source]).growth < soak.ALLOWED
