@@ -1,8 +1,8 @@
 """Whether loading needs more and more memory: `make soak`, or `python -m tests.soak --clips 20000`.
 
 Clips are loaded over many epochs, from video files by two workers, and then from latents by two others. The
-memory of this process and its workers is added up after a warm-up and at the end. With --leak so many bytes of
-each clip are kept, to see that this would be noticed.
+memory of this process and its workers is added up after a warm-up and at the end. With --leak so many bytes
+of each clip are kept, to see that this would be noticed.
 """
 
 import argparse
