@@ -231,7 +231,6 @@ def _kill(workers: Sequence[Any]) -> None:
 
 
 def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)
     # A signal to the whole group of processes asks the run to finish its step, which needs its workers; they
     # end with the process that started them, or are killed by it.
     for number in GROUP_SIGNALS:

@@ -131,6 +131,10 @@ def test_an_interrupted_encoding_goes_on(tmp_path: Path) -> None:
     again.remove_leftovers()
     assert again.clips_per_shard == 10 and again.missing() == [0, 1, 2]
     assert again.is_written(1) and not again.is_written(0)
+    again.write(2, *clips(range(20, 23)))
+    assert again.missing() == [0, 1]
+    (tmp_path / "00001.safetensors").write_bytes((tmp_path / "00002.safetensors").read_bytes())
+    assert again.missing() == [0, 1], "of another length"
     for shard in again.missing():
         again.write(shard, *clips(again.clips_of(shard)))
     again.finish()
