@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,15 @@ class Memory:
         return (self.after - self.before) / self.num_clips
 
 
-def resident() -> int:
+def children() -> set[int]:
+    """The processes that this one has started."""
+    return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
+
+
+def resident(workers: Iterable[int]) -> int:
     """Bytes of this process and its workers, without those of mapped files, which the system takes back."""
     give_back()
-    pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    pids = [os.getpid(), *workers]
     lines = [line.split() for pid in pids for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
     return sum(1024 * int(line[1]) for line in lines if line[:1] in (["RssAnon:"], ["RssShmem:"]))
 
@@ -116,15 +122,16 @@ def soak(source: str, num_clips: int, *, leak: int = 0) -> Memory:
             global_batch_size=BATCH_SIZE, micro_batch_size=BATCH_SIZE, num_steps=5 * part
         )
         least: dict[int, float] = {}
+        others = children()
         give_back()  # before the workers inherit it
         gc.freeze()  # what is there already needn't be looked through again and again
         try:
             loaded = batches(dataset, sampler, num_workers=NUM_WORKERS, device="cpu")
             for step, _ in enumerate(loaded):
                 if step // part in (1, 4) and step % 5 == 0:
-                    least[step // part] = min(least.get(step // part, math.inf), resident())
-                if step == 4 * part:
-                    assert len(multiprocessing.active_children()) == NUM_WORKERS
+                    workers = children() - others
+                    assert len(workers) == NUM_WORKERS
+                    least[step // part] = min(least.get(step // part, math.inf), resident(workers))
         finally:
             gc.unfreeze()
     return Memory(least[1], least[4], 3 * part * BATCH_SIZE)
