@@ -37,6 +37,7 @@ class DataRecord:
         resolution: height and width.
         fps: of the clip, after the stride.
         classes: names of classes, in the order of labels.
+        target_fps: the rate at which all videos were read, if they were; None for their own.
     """
 
     name: str
@@ -46,6 +47,7 @@ class DataRecord:
     resolution: list[int]
     fps: float
     classes: list[str]
+    target_fps: float | None = None
 
 
 @dataclass

@@ -250,6 +250,7 @@ def stage_of(
         resolution=list(dataset.resolution),
         fps=dataset.fps,
         classes=list(dataset.classes),
+        target_fps=dataset.sampling.fps,
     )
     kind = str(cfg.stage._target_).rsplit(".", 1)[-1]
     if kind == "DiffusionStage":

@@ -19,8 +19,11 @@ COMMON: dict[str, Any] = {
     "num_frames": 8,
     "frame_stride": 1,
     "resolution": 16,
+    "fps": None,
     "crop": "center_crop",
     "horizontal_flip": False,
+    "short_videos": "skip",
+    "clips_per_opening": 1,
     "seed": 0,
     "cache": None,
     "strict": False,
@@ -263,10 +266,7 @@ def test_a_broken_file_is_never_all_that_a_split_gets(tmp_path: Path) -> None:
         write_video(tmp_path / f"good_{k}.mp4", np.zeros((8, 16, 16, 3), np.uint8), 8)
     for k in range(30):
         (tmp_path / f"broken_{k}.mp4").write_bytes(b"no video")
-    common = dict(
-        test_fraction=0.1, num_frames=4, frame_stride=1, resolution=16, crop="center_crop",
-        horizontal_flip=False, seed=0, cache=None, strict=False,
-    )  # fmt: skip
+    common = COMMON | {"test_fraction": 0.1, "num_frames": 4}
     parts = [folder(str(tmp_path), split=split, **common) for split in ("train", "test")]
     assert [len(part) for part in parts] == [2, 1]
     assert all(len(part.broken) == 30 for part in parts)
