@@ -292,6 +292,7 @@ class PrepareConfig:
 
     weights: str | None
     dataset: Any
+    index: str | None
 
 
 @dataclass

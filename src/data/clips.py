@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from .counts import Count
 from .sampler import EndlessOrder, clip_generator
 from .storage import cache_home, exclusive, read_json, write_json
 from .transforms import Frames, Resize
@@ -366,6 +367,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         strict: bool = False,
         name: str = "videos",
         broken: Sequence[VideoError] = (),
+        counts: Sequence[Count] = (),
     ) -> None:
         if clips_per_opening < 1:
             raise ValueError(f"clips_per_opening must be at least 1, got {clips_per_opening}")
@@ -376,6 +378,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             )
         self.sampling = Sampling(num_frames, frame_stride, fps, short_videos)
         self.clips_per_opening = clips_per_opening
+        self.counts = tuple(counts)
         self.name = name
         self.classes = tuple(classes)
         self.num_frames = num_frames

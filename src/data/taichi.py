@@ -1,6 +1,9 @@
 """Taichi-HD: people doing Tai chi, cropped to squares (Siarohin et al., NeurIPS 2019)."""
 
+from pathlib import PurePosixPath
+
 from .clips import ClipDataset, find_videos
+from .counts import Count
 from .folder import check_split, require_videos
 
 SUBSETS = ("all", "split")
@@ -66,4 +69,22 @@ def taichi(
         strict=strict,
         name=f"Taichi-HD, {subset}, {split}",
         broken=found.broken,
+        counts=_counts(chosen, parts),
     )
+
+
+# Pieces of YouTube's videos, of 128 to 1,024 frames.
+SIZES = {"train": 3_049, "test": 285}
+
+
+def _counts(names: list[str], parts: tuple[str, ...]) -> list[Count]:
+    return [
+        Count(
+            f"videos in {part}",
+            sum(part in PurePosixPath(name).parts[:-1] for name in names),
+            SIZES[part],
+            "Siarohin et al. 2019",
+            "some are on YouTube no more",
+        )
+        for part in parts
+    ]
