@@ -293,6 +293,8 @@ class PrepareConfig:
     weights: str | None
     dataset: Any
     index: str | None
+    shards: str | None
+    videos_per_shard: int
 
 
 @dataclass

@@ -65,6 +65,29 @@ def prepare_dataset(cfg: DictConfig) -> None:
         table.writeheader()
         table.writerows(index_rows(whole, datasets))
     print(f"index: {index} (fingerprint {whole.fingerprint})")
+    if cfg.shards is not None:
+        pack(cfg, whole, datasets)
+
+
+def pack(cfg: DictConfig, whole: "ClipDataset", splits: "dict[str, ClipDataset]") -> None:
+    """Packs a data set's readable videos into shards."""
+    from .data.shards import write_shards
+
+    folder = Path(cfg.shards)
+    if any(Path(entry.path).is_relative_to(folder) for entry in whole.entries):
+        raise ConfigError(f"shards={folder} holds the videos themselves; choose a folder of its own")
+    members = {name: {entry.path for entry in (*s.entries, *s.too_short)} for name, s in splits.items()}
+    everything = [*whole.entries, *(entry for entry in whole.too_short if entry not in whole.entries)]
+    written = write_shards(
+        sorted(everything, key=lambda entry: entry.path),
+        folder,
+        title=whole.name.rpartition(",")[0],
+        classes=whole.classes,
+        splits={e.path: [name for name, paths in members.items() if e.path in paths] for e in everything},
+        fingerprint=whole.fingerprint,
+        videos_per_shard=cfg.videos_per_shard,
+    )
+    print(f"shards: {folder} ({written} written now, {len(everything):,} videos)")
 
 
 def index_rows(whole: "ClipDataset", splits: "dict[str, ClipDataset]") -> Iterator[dict[str, object]]:

@@ -25,12 +25,14 @@ from .transforms import Frames, Resize
 from .video import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
+    Packed,
     VideoError,
-    image_files,
+    VideoPath,
     iterate_frames,
     natural_key,
     probe,
     read_frames,
+    sha256_of,
 )
 
 # Of what is remembered of each video between starts.
@@ -46,7 +48,10 @@ _B = TypeVar("_B")
 
 @dataclass(frozen=True)
 class VideoEntry:
-    """One video of a data set: its file or folder of images, its class (−1: none), what probing it told."""
+    """One video of a data set: its file or folder of images, its class (−1: none), what probing it told.
+
+    A video inside an archive is ``packed``, and ``path`` only names it.
+    """
 
     path: str
     label: int
@@ -57,6 +62,7 @@ class VideoEntry:
     seek_points: tuple[tuple[int, int], ...] = ()
     sha256: str = ""
     size: tuple[int, int] | None = None
+    packed: Packed | None = None
 
     @property
     def duration(self) -> float:
@@ -208,18 +214,6 @@ def _stamp(path: Path) -> list[int]:
     return [sum(status.st_size for status in files), latest]
 
 
-def _content(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all images in a folder."""
-    if not path.is_dir():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256()
-    for image in image_files(path):
-        digest.update(f"{image.name}\0".encode(errors="surrogateescape"))
-        digest.update(hashlib.sha256(image.read_bytes()).digest())
-    return digest.hexdigest()
-
-
 def _probe_all(root: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Probe videos, but those known from an earlier time and unchanged only once."""
     index_file = (
@@ -233,7 +227,7 @@ def _probe_all(root: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     def one(name: str) -> dict[str, Any]:
         path = root / name
         try:
-            return {"stamp": _stamp(path), "sha256": _content(path), "info": asdict(probe(path))}
+            return {"stamp": _stamp(path), "sha256": sha256_of(path), "info": asdict(probe(path))}
         except VideoError as error:
             return {"stamp": _stamp(path), "error": error.reason}
         except OSError as error:
@@ -334,6 +328,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
     functions of (seed, position). Videos of variable frame rate are read by time at their average rate.
     ``frame_stride`` counts frames; ``fps`` (with a stride of 1) asks for a rate instead, whatever the files'.
 
+    ``fetch`` turns the archive of a packed video, where that is a URL, into a file; the data order then takes
+    a few archives at a time.
+
     With ``clips_per_opening`` k, k positions in a row take the same video: those of them that are loaded
     together are read in one pass, which is cheaper where files have few key frames.
 
@@ -362,6 +359,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         horizontal_flip: bool = False,
         short_videos: str = "skip",
         clips_per_opening: int = 1,
+        fetch: Callable[[str], str] | None = None,
         seed: int = 0,
         cache: str | os.PathLike[str] | None = None,
         strict: bool = False,
@@ -393,12 +391,14 @@ class ClipDataset(Dataset[dict[str, Any]]):
         usable = [e for e in entries if short_videos != "skip" or not self.sampling.is_short(e)]
         self._check_length(usable)
         self._offsets: dict[str, int] = {}
+        self._fetch = fetch
         self._cache_file: Path | None = None
         self._pixels: Frames | None = None
         if cache is not None:
             usable = self._open_cache(Path(cache), usable)
         self.entries = tuple(usable)
-        self._order = EndlessOrder(len(self.entries), seed)
+        groups = None if fetch is None else [e.packed.archive if e.packed else "" for e in self.entries]
+        self._order = EndlessOrder(len(self.entries), seed, groups)
 
     def _check_length(self, usable: Sequence[VideoEntry]) -> None:
         needs = f"a clip of {self.num_frames} frames {self._pace()} needs {self.sampling.span}"
@@ -543,7 +543,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             numbers = [[self.sampling.frame_at(entry, tick) for tick in ticks] for ticks in rows]
             wanted = sorted({number for row in numbers for number in row})
             frames = read_frames(
-                entry.path,
+                self._source(entry),
                 wanted,
                 at_fps=self.sampling.rate_of(entry),
                 resize=self.resize.at(places[0].x, places[0].y),
@@ -555,6 +555,13 @@ class ClipDataset(Dataset[dict[str, Any]]):
             torch.from_numpy(np.ascontiguousarray(clip[:, :, ::-1]) if place.flip else clip)
             for clip, place in zip(clips, places, strict=True)
         ]
+
+    def _source(self, entry: VideoEntry) -> VideoPath:
+        if entry.packed is None:
+            return entry.path
+        if self._fetch is None:
+            return entry.packed
+        return replace(entry.packed, archive=self._fetch(entry.packed.archive))
 
     def __getstate__(self) -> dict[str, Any]:
         # A loader's worker maps the file itself; pickling the map would copy all of it.
@@ -573,7 +580,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def _open_cache(self, folder: Path, entries: Sequence[VideoEntry]) -> list[VideoEntry]:
         """Find or make the cache; returns the entries that it holds, which are all but those found broken."""
         height, width = self.resolution
-        stamps = [_stamp(Path(entry.path)) for entry in entries]
+        stamps = [_stamp(Path(entry.packed.archive if entry.packed else entry.path)) for entry in entries]
         key = self._digest(entries, [self.resolution, self.resize.mode, self.sampling.fps, stamps])[:24]
         stem = f"{height}x{width}-{self.resize.mode}-{key}"
         pixels, index = folder / f"{stem}.uint8", folder / f"{stem}.json"
@@ -614,7 +621,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
                 expected = self.sampling.num_ticks(entry)
                 tick = 0
                 try:
-                    numbered = enumerate(iterate_frames(entry.path, at_fps=self.sampling.rate_of(entry)))
+                    numbered = enumerate(
+                        iterate_frames(self._source(entry), at_fps=self.sampling.rate_of(entry))
+                    )
                     for number, frame in numbered:
                         resized = None
                         while tick < expected and self.sampling.frame_at(entry, tick) == number:

@@ -4,6 +4,7 @@ Frames are uint8 ``t h w c`` RGB. Frames are counted in presentation order, by d
 and time stamps lie often enough (packed-B AVI, truncated files) that neither is trusted.
 """
 
+import hashlib
 import io
 import math
 import os
@@ -38,10 +39,35 @@ IMAGES_FPS = 25.0
 _PILLOW_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A video inside an uncompressed tar archive: one video file, or frame images in their order.
+
+    ``members`` are their names, offsets and sizes in bytes.
+    """
+
+    archive: str
+    members: tuple[tuple[str, int, int], ...]
+
+    def __str__(self) -> str:
+        return f"{self.archive}/{self.members[0][0]}"
+
+    def read(self) -> bytes:
+        """The bytes of the first member, fewer if the archive is cut short."""
+        _, offset, size = self.members[0]
+        with open(self.archive, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+VideoPath = str | os.PathLike[str] | Packed
+"""A video file, a folder of frame images, or either inside an archive."""
+
+
 class VideoError(RuntimeError):
     """A video can't be read; the message names its path and what is wrong with it."""
 
-    def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
+    def __init__(self, path: VideoPath, reason: str) -> None:
         super().__init__(path, reason)
         self.path = str(path)
         self.reason = reason
@@ -82,12 +108,12 @@ class _TimedFrame:
     digest: Callable[[], int] = lambda: 0
 
 
-def probe(path: str | os.PathLike[str]) -> VideoInfo:
+def probe(path: VideoPath) -> VideoInfo:
     """Count a video's frames by decoding all of them, and measure its size and rate.
 
     Raises VideoError if there is no frame to be had.
     """
-    if os.path.isdir(path):
+    if is_images(path):
         images = image_files(path)
         try:
             height, width = _read_image(images[0]).shape[:2]
@@ -127,7 +153,7 @@ MOST_UNFIT = 3
 
 
 def _verified(
-    path: str | os.PathLike[str],
+    path: VideoPath,
     candidates: Sequence[tuple[int, int]],
     digests: dict[int, tuple[int | None, int]],
     num_frames: int,
@@ -155,7 +181,7 @@ def _verified(
     return tuple(reversed(kept))
 
 
-def _from_point(path: str | os.PathLike[str], pts: int) -> Iterator[_TimedFrame]:
+def _from_point(path: VideoPath, pts: int) -> Iterator[_TimedFrame]:
     """The frames from a time stamp on; raises VideoError if none has it."""
     started = False
     for frame in _decode(path, seek_to=pts):
@@ -169,7 +195,7 @@ def _from_point(path: str | os.PathLike[str], pts: int) -> Iterator[_TimedFrame]
 
 
 def read_clip(
-    path: str | os.PathLike[str],
+    path: VideoPath,
     start: int,
     num_frames: int,
     frame_stride: int = 1,
@@ -192,7 +218,7 @@ def read_clip(
 
 
 def read_frames(
-    path: str | os.PathLike[str],
+    path: VideoPath,
     wanted: Sequence[int],
     *,
     at_fps: float | None = None,
@@ -214,7 +240,7 @@ def read_frames(
     start, stop = wanted[0], wanted[-1] + 1
     frames: list[Frames] = []
     count = 0
-    if os.path.isdir(path):
+    if is_images(path):
         images = image_files(path)
         count = len(images)
         for frame in map(_read_image, [images[index] for index in wanted if index < count]):
@@ -237,9 +263,9 @@ def read_frames(
     return np.stack(frames)
 
 
-def iterate_frames(path: str | os.PathLike[str], *, at_fps: float | None = None) -> Iterator[Frames]:
+def iterate_frames(path: VideoPath, *, at_fps: float | None = None) -> Iterator[Frames]:
     """Yield a video's frames one after the other, uint8 ``h w c``; ``at_fps`` as in ``read_clip``."""
-    if os.path.isdir(path):
+    if is_images(path):
         yield from map(_read_image, image_files(path))
         return
     decoded = _decode(path)
@@ -248,21 +274,20 @@ def iterate_frames(path: str | os.PathLike[str], *, at_fps: float | None = None)
 
 
 def _decode(
-    path: str | os.PathLike[str], *, seek_to: int | None = None, damaged: list[str] | None = None
+    path: VideoPath, *, seek_to: int | None = None, damaged: list[str] | None = None
 ) -> Iterator[_TimedFrame]:
     """Decode a file in presentation order; raises VideoError if not even one frame comes out.
 
     As in ffmpeg's own tool, a damaged packet costs its own frames and the rest goes on; ``damaged`` gets to
     know of it. With ``seek_to`` it begins at the last key frame that isn't after this time stamp.
     """
-    if Path(path).suffix.lower() == ".webp":  # FFmpeg's demuxer doesn't know the animated kind
+    if Path(str(path)).suffix.lower() == ".webp":  # FFmpeg's demuxer doesn't know the animated kind
         yield from _decode_webp(path)
         return
     found = False
     reason = "no frame in it can be decoded"
     try:
-        # "file:" keeps a name like "concat:x" or "-x" from being anything but a file's name.
-        with av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"}) as container:
+        with _opened(path) as container:
             streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
             if not streams:
                 raise VideoError(path, "there is no video stream in it")
@@ -298,6 +323,16 @@ def _decode(
             damaged.append(reason)
     if not found:
         raise VideoError(path, reason)
+
+
+def _opened(path: VideoPath) -> av.container.InputContainer:
+    if isinstance(path, Packed):
+        _, offset, size = path.members[0]
+        # FFmpeg's own way into a part of a file.
+        url = f"subfile,,start,{offset},end,{offset + size},,:file:{path.archive}"
+        return av.open(url, options={"protocol_whitelist": "subfile,file"})
+    # "file:" keeps a name like "concat:x" or "-x" from being anything but a file's name.
+    return av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"})
 
 
 def _timed(
@@ -361,9 +396,9 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     return True, bool(b < 0), bool(c < 0)
 
 
-def _decode_webp(path: str | os.PathLike[str]) -> Iterator[_TimedFrame]:
+def _decode_webp(path: VideoPath) -> Iterator[_TimedFrame]:
     try:
-        with Image.open(path) as image:
+        with Image.open(_for_pillow(path)) as image:
             time = 0.0
             for index in range(getattr(image, "n_frames", 1)):
                 image.seek(index)
@@ -382,7 +417,7 @@ def _increasing(times: Sequence[float | None]) -> bool:
 
 
 def _frame_rate(
-    path: str | os.PathLike[str], times: Sequence[float | None], last_duration: float | None
+    path: VideoPath, times: Sequence[float | None], last_duration: float | None
 ) -> tuple[float, bool]:
     """Give the average frame rate, and whether the frames stand unevenly in time."""
     declared = _declared_rate(path)
@@ -399,17 +434,15 @@ def _frame_rate(
     return len(times) / span, True
 
 
-def _declared_rate(path: str | os.PathLike[str]) -> float | None:
-    if Path(path).suffix.lower() == ".webp":
+def _declared_rate(path: VideoPath) -> float | None:
+    if Path(str(path)).suffix.lower() == ".webp":
         return None
-    with av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"}) as container:
+    with _opened(path) as container:
         rate = container.streams.video[0].average_rate
     return float(rate) if rate else None
 
 
-def _at_rate(
-    path: str | os.PathLike[str], frames: Iterable[_TimedFrame], fps: float
-) -> Iterator[_TimedFrame]:
+def _at_rate(path: VideoPath, frames: Iterable[_TimedFrame], fps: float) -> Iterator[_TimedFrame]:
     """Repeat and drop frames such that one comes per tick of ``fps``: the one on the screen amid the tick.
 
     The last frame stays for its own duration, or where the file doesn't tell, for the average one.
@@ -441,23 +474,60 @@ def natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
-def image_files(folder: str | os.PathLike[str]) -> list[Path]:
-    """The images in a folder, as people count them; raises VideoError if there are none."""
+def is_images(path: VideoPath) -> bool:
+    """Whether a video is a row of frame images."""
+    if isinstance(path, Packed):
+        return Path(path.members[0][0]).suffix.lower() in IMAGE_EXTENSIONS - {".webp"}
+    return os.path.isdir(path)
+
+
+def image_files(path: VideoPath) -> list[VideoPath]:
+    """The images of a video that is a row of them, as people count; raises VideoError if there are none."""
+    if isinstance(path, Packed):
+        return [Packed(path.archive, (member,)) for member in path.members]
     try:
-        names = os.listdir(folder)
+        names = os.listdir(path)
     except OSError as error:
-        raise VideoError(folder, error.strerror or str(error)) from error
+        raise VideoError(path, error.strerror or str(error)) from error
     images = [
         name for name in names if Path(name).suffix.lower() in IMAGE_EXTENSIONS and not name.startswith(".")
     ]
     if not images:
-        raise VideoError(folder, "the folder holds no images")
-    return [Path(folder, name) for name in sorted(images, key=natural_key)]
+        raise VideoError(path, "the folder holds no images")
+    return [Path(path, name) for name in sorted(images, key=natural_key)]
 
 
-def _read_image(path: Path) -> Frames:
+def _for_pillow(path: VideoPath) -> str | os.PathLike[str] | io.BytesIO:
+    return io.BytesIO(path.read()) if isinstance(path, Packed) else path
+
+
+def sha256_of(path: VideoPath) -> str:
+    """SHA-256 of a video file, or of the names and contents of a video's frame images.
+
+    It is the same inside an archive and outside. Raises OSError if they can't be read.
+    """
+
+    def of_one(file: VideoPath) -> "hashlib._Hash":
+        if isinstance(file, Packed):
+            return hashlib.sha256(file.read())
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256")
+
+    if not is_images(path):
+        return of_one(path).hexdigest()
+    digest = hashlib.sha256()
+    for image in image_files(path):
+        name = Path(str(image)).name
+        if isinstance(image, Packed):  # where a name begins with that of its video
+            name = name.partition(".")[2]
+        digest.update(f"{name}\0".encode(errors="surrogateescape"))
+        digest.update(of_one(image).digest())
+    return digest.hexdigest()
+
+
+def _read_image(path: VideoPath) -> Frames:
     try:
-        with Image.open(path) as image:
+        with Image.open(_for_pillow(path)) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16 bits: Pillow would clip, not scale
                 levels = np.asarray(upright).astype(np.float64) / 257
@@ -467,10 +537,10 @@ def _read_image(path: Path) -> Frames:
         raise VideoError(path, str(error) or type(error).__name__) from error
 
 
-def _check_image(path: Path) -> None:
+def _check_image(path: VideoPath) -> None:
     """Decodes an image, a JPEG at an eighth of its size, which is as strict and several times as fast."""
     try:
-        with Image.open(path) as image:
+        with Image.open(_for_pillow(path)) as image:
             image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
     except _PILLOW_ERRORS as error:
