@@ -67,6 +67,7 @@ HARMLESS = (
     "train.micro_batch_size",
     "train.num_held_out",
     "machine",
+    "latents_on_device",
     "logger",
     "runs",
     "name",
@@ -131,9 +132,21 @@ class MachineSettings:
 
     precision: str
     num_workers: int
+    prefetch_factor: int
+    pin_memory: bool
     tf32: bool
     compile: bool
     fsdp: bool
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_workers", 0), ("prefetch_factor", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"machine.{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How clips are loaded: arguments of ``data.sampler.batches``."""
+        return {name: getattr(self, name) for name in ("num_workers", "prefetch_factor", "pin_memory")}
 
 
 @dataclass
@@ -211,6 +224,7 @@ class TrainConfig:
     start_from: str | None = None
     resume: str = "auto"
     latents: str | None = None
+    latents_on_device: bool = False
     autoencoder_from: str | None = None
     clips_per_video: int = 1
 
@@ -253,16 +267,13 @@ class EvaluateConfig:
     protocol: Any
 
 
-@dataclass
-class EncodeConfig:
-    """Top-level keys of ``python -m src.encode``."""
+@dataclass(kw_only=True)
+class EncodeConfig(TrainConfig):
+    """Top-level keys of ``python -m src.encode``: an experiment's, and where from and where to."""
 
-    model: str
-    output: str
-    clips_per_video: int
+    model: str | None
+    output: str | None
     batch_size: int
-    machine: MachineSettings
-    dataset: Any
 
 
 @dataclass

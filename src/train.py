@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .data.clips import ClipDataset
+    from .data.latents import ResidentLatents
     from .diffusion.conditioning import FrameMasking
     from .model_folder import DataRecord, Weights
     from .stages.stage import Stage
@@ -105,19 +106,26 @@ def run(cfg: DictConfig, requests: "StopRequests") -> None:
     accelerator.wait_for_everyone()
 
     source: Any = dataset
+    resident: ResidentLatents | None = None
     if cfg.get("latents") is not None:
         from .encode import ENCODING_SEED, encode
+        from .training.share import Share
 
-        with accelerator.main_process_first():
-            source = encode(
-                build(cfg.dataset, split="train", seed=ENCODING_SEED),
-                cfg.autoencoder.folder,
-                Path(cfg.latents),
-                clips_per_video=cfg.clips_per_video,
-                batch_size=min(settings.batch_size, 16),
-                order_seed=cfg.seed,
-                device=accelerator.device,
-            )
+        source = encode(
+            build(cfg.dataset, split="train", seed=ENCODING_SEED),
+            cfg.autoencoder.folder,
+            Path(cfg.latents),
+            clips_per_video=cfg.clips_per_video,
+            batch_size=min(settings.batch_size, 16),
+            order_seed=cfg.seed,
+            device=accelerator.device,
+            loading=machine.loading,
+            share=Share(),
+        )
+        if cfg.latents_on_device:
+            resident = source.on_device(accelerator.device)
+    elif cfg.get("latents_on_device"):
+        raise ConfigError("latents_on_device=true needs latents=FOLDER, where clips are encoded once")
 
     def sampler(start_step: int, num_steps: int | None = None, everything: bool = False) -> PositionSampler:
         return PositionSampler(
@@ -130,9 +138,9 @@ def run(cfg: DictConfig, requests: "StopRequests") -> None:
         )
 
     def training_batches(start_step: int) -> Iterator[Batch | LatentBatch]:
-        return batches(
-            source, sampler(start_step), num_workers=machine.num_workers, device=accelerator.device
-        )
+        if resident is not None:
+            return resident.batches(sampler(start_step))
+        return batches(source, sampler(start_step), device=accelerator.device, **machine.loading)
 
     def statistics() -> Iterator[Any]:
         steps = -(-settings.num_statistics_clips // settings.batch_size)

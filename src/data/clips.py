@@ -467,6 +467,10 @@ class ClipDataset(Dataset[dict[str, Any]]):
         """Name the video at a position, for messages."""
         return self.entries[self._order.item(position // self.clips_per_opening)].path
 
+    def position(self, index: int, epoch: int) -> int:
+        """The first position in an epoch at which a clip of video ``index`` stands."""
+        return self._order.position(index, epoch) * self.clips_per_opening
+
     def held_out(self, index: int) -> dict[str, Any]:
         """Give the clip from the middle of video ``index``, unflipped; if it is broken, the next video's."""
         for attempt in range(NUM_ATTEMPTS):

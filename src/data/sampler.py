@@ -9,7 +9,7 @@ import atexit
 import hashlib
 import signal
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -119,17 +119,27 @@ class EndlessOrder:
         self.groups = groups
         # Accumulation and several workers touch at most two neighbouring epochs at a time.
         self._orders: dict[int, list[int]] = {}
+        self._places: dict[int, list[int]] = {}
 
     def item(self, position: int) -> int:
         """Tell which item stands at ``position`` (0, 1, 2, … without end)."""
         if position < 0:
             raise IndexError(f"positions count from 0, got {position}")
         epoch, place = divmod(position, self.num_items)
+        return self._order(epoch)[place]
+
+    def position(self, item: int, epoch: int) -> int:
+        """Tell where an item stands in an epoch: the inverse of `item`."""
+        if epoch not in self._places:
+            self._places = {epoch: torch.tensor(self._order(epoch)).argsort().tolist()}
+        return epoch * self.num_items + self._places[epoch][item]
+
+    def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
             while len(self._orders) >= 2:
                 self._orders.pop(min(self._orders))
             self._orders[epoch] = epoch_order(self.num_items, self.seed, epoch, self.groups)
-        return self._orders[epoch][place]
+        return self._orders[epoch]
 
 
 class PositionSampler(Sampler[list[int]]):
@@ -186,7 +196,10 @@ class PositionSampler(Sampler[list[int]]):
 
 @dataclass
 class Batch:
-    """Clips: ``video`` float ``b c t h w`` in [-1, 1]; ``label`` (−1: none), ``positions`` int64 ``b``."""
+    """Clips: ``video`` float ``b c t h w`` in [-1, 1]; ``label`` (−1: none), ``positions`` int64 ``b``.
+
+    Positions stay in the host's memory: random numbers are drawn there, and nobody waits for the device.
+    """
 
     video: Tensor
     label: Tensor
@@ -195,7 +208,7 @@ class Batch:
 
 @dataclass
 class LatentBatch:
-    """Encoded clips: normalised posterior ``mean`` and ``std`` ``b c t h w``; labels as above."""
+    """Encoded clips: normalised posterior ``mean`` and ``std`` ``b c t h w``; the rest as above."""
 
     mean: Tensor
     std: Tensor
@@ -223,7 +236,10 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 def to_batch(collated: dict[str, Tensor], device: torch.device | str) -> Batch | LatentBatch:
     """Move a collated batch to the device; frames travel as bytes and become float there."""
-    moved = {key: value.to(device, non_blocking=True) for key, value in collated.items()}
+    moved = {
+        key: value if key == "position" else value.to(device, non_blocking=True)
+        for key, value in collated.items()
+    }
     if "frames" in moved:
         return Batch(to_video(moved["frames"]), moved["label"], moved["position"])
     return LatentBatch(moved["mean"], moved["std"], moved["label"], moved["position"])
@@ -256,12 +272,19 @@ def _start_worker(worker: int) -> None:
 
 def batches(
     dataset: Dataset[dict[str, Any]],
-    sampler: PositionSampler,
+    sampler: Iterable[list[int]],
     *,
     num_workers: int,
     device: torch.device | str,
+    pin_memory: bool = False,
+    prefetch_factor: int | None = None,
 ) -> Iterator[Batch | LatentBatch]:
     """Load the sampler's micro-batches in order, in ``num_workers`` processes (0: in this one).
+
+    Each worker, of one thread, keeps ``prefetch_factor`` batches ready (None: as PyTorch chooses). With
+    ``pin_memory`` batches for a GPU come from page-locked memory, so that they are copied during
+    computations. The workers live until the sampler ends: there is one pass over an endless order, and
+    nothing that PyTorch's ``persistent_workers`` could keep from one pass to the next.
 
     Raises OSError if one of them dies, or can't read its clips.
     """
@@ -271,7 +294,8 @@ def batches(
         collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=_start_worker,
-        pin_memory=torch.device(device).type == "cuda",
+        pin_memory=pin_memory and torch.device(device).type == "cuda",
+        prefetch_factor=prefetch_factor if num_workers else None,
         # A generator of its own: the loader would otherwise draw from, and so disturb, the global one.
         generator=torch.Generator().manual_seed(0),
     )

@@ -1,25 +1,30 @@
 """Work that several processes share without training: which part is whose, and putting it together again."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
+_A = TypeVar("_A")
+
 
 class Share:
     """This process's part of numbered work: one of `torchrun`'s processes, or all of it.
 
-    Numbers are dealt out in batches, in turn.
+    Numbers are dealt out in batches, in turn. Processes that have found each other already stay together.
     """
 
     def __init__(self) -> None:
         self._processes: PartialState | None = None
         self.rank, self.world_size = 0, 1
         if "WORLD_SIZE" in os.environ:
-            self._processes = PartialState(cpu=not torch.cuda.is_available())
+            # The others wait while the first reads a large data set for the first time.
+            self._processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))
             self.rank, self.world_size = self._processes.process_index, self._processes.num_processes
 
     def batches(self, count: int, batch_size: int) -> Iterator[list[int]]:
@@ -42,6 +47,19 @@ class Share:
     def first_alone(self) -> AbstractContextManager[None]:
         """In it the first process goes ahead, and the others find what it has made."""
         return nullcontext() if self._processes is None else self._processes.main_process_first()
+
+    def from_first(self, make: Callable[[], _A]) -> _A:
+        """What the first process makes (and nobody else does), handed to all."""
+        if self.world_size == 1:
+            return make()
+        told = [make() if self.rank == 0 else None]
+        torch.distributed.broadcast_object_list(told, src=0)
+        return told[0]  # type: ignore[return-value]
+
+    def wait(self) -> None:
+        """Waits until all processes have come here."""
+        if self._processes is not None:
+            self._processes.wait_for_everyone()
 
     def close(self) -> None:
         """Waits for all processes and takes them apart."""

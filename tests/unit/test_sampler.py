@@ -1,7 +1,9 @@
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from src.data import sampler as sampling
 from src.data.sampler import (
     Batch,
     EndlessOrder,
@@ -16,13 +19,16 @@ from src.data.sampler import (
     PositionSampler,
     batches,
     clip_generator,
+    collate,
     derive_seed,
     held_out_batches,
     rand_per_clip,
     randint_per_clip,
     randn_per_clip,
+    to_batch,
 )
 from src.data.video import VideoError
+from tests import soak
 
 ROOT = Path(__file__).parents[2]
 
@@ -171,6 +177,70 @@ def test_a_worker_that_dies_is_one_clear_error() -> None:
     )  # which ends by itself
     assert told.returncode == 0, told.stderr
     assert "has died" in told.stdout and "machine.num_workers" in told.stdout
+
+
+class Counted(Dataset[dict[str, Any]]):
+    """Counts in all processes what is read; its label is the number of threads."""
+
+    def __init__(self) -> None:
+        self.num_read = multiprocessing.Value("i", 0)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        with self.num_read.get_lock():
+            self.num_read.value += 1
+        frames = torch.zeros(1, 2, 2, 3, dtype=torch.uint8)
+        return {"frames": frames, "label": torch.get_num_threads(), "position": position}
+
+
+@pytest.mark.parametrize("prefetch_factor", [1, 3])
+def test_each_worker_keeps_so_many_batches_ready_and_has_one_thread(prefetch_factor: int) -> None:
+    clips, num_workers, taken = Counted(), 2, 3
+    sampler = PositionSampler(global_batch_size=4, micro_batch_size=4)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        loading = batches(
+            clips, sampler, num_workers=num_workers, device="cpu", prefetch_factor=prefetch_factor
+        )
+        for _ in range(taken):
+            assert next(loading).label.tolist() == [1] * 4, "threads of a worker"
+        expected = 4 * (taken + num_workers * prefetch_factor)
+        deadline = time.monotonic() + 30
+        while clips.num_read.value < expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert clips.num_read.value == expected, "and no more"
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "device, pin_memory, pins", [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_memory_is_pinned_for_a_gpu_that_asks_for_it(
+    device: str, pin_memory: bool, pins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told to PyTorch; pinning itself needs a GPU."""
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(sampling, "DataLoader", lambda *arguments, **options: told.update(options) or [])
+    sampler = PositionSampler(global_batch_size=2, micro_batch_size=2, num_steps=1)
+    options = {"num_workers": 0, "prefetch_factor": 2, "pin_memory": pin_memory}
+    assert list(batches(Clips(), sampler, device=device, **options)) == []
+    assert told["pin_memory"] is pins and told["prefetch_factor"] is None, "without workers nothing is ready"
+
+
+def test_positions_stay_where_random_numbers_are_drawn() -> None:
+    """On the device they would have to be waited for in every step; meta tensors can't even be read."""
+    batch = to_batch(collate([Latents()[3], Latents()[4]]), "meta")
+    assert batch.positions.tolist() == [3, 4] and batch.label.device.type == "meta"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", soak.SOURCES)
+def test_memory_does_not_grow_over_epochs(source: str) -> None:
+    """`make soak` in short: an allowed growth that a leak of a kilobyte a clip goes beyond."""
+    assert soak.soak(source, soak.SHORT[source]).growth < soak.ALLOWED
+    assert soak.soak(source, soak.SHORT[source], leak=1024).growth > soak.ALLOWED
 
 
 def test_latent_items_become_latent_batches() -> None:

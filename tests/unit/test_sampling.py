@@ -192,3 +192,14 @@ def test_durations_and_ticks() -> None:
     entry = VideoEntry("a", -1, 30, 29.97)
     assert Sampling(1, 1, fps=10).num_ticks(entry) == 10
     assert Sampling(1, 1).num_ticks(entry) == 30 and Sampling(1, 1, fps=0.01).num_ticks(entry) == 1
+
+
+@pytest.mark.parametrize("clips_per_opening", [1, 3])
+def test_a_video_is_found_in_every_epoch(tmp_path: Path, clips_per_opening: int) -> None:
+    for name in "abcde":
+        numbered(tmp_path / f"{name}.mp4", 8, 8)
+    data = dataset(tmp_path, clips_per_opening=clips_per_opening)
+    for epoch in range(3):
+        positions = [data.position(index, epoch) for index in range(5)]
+        assert [data.describe(at) for at in positions] == [entry.path for entry in data.entries]
+        assert all(at // (5 * clips_per_opening) == epoch for at in positions)
