@@ -12,10 +12,11 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Self, cast
+from typing import Protocol, Self, cast
 
 import av
 import numpy as np
@@ -69,17 +70,23 @@ class VideoInfo:
     seek_points: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(frozen=True)
-class _TimedFrame:
-    """A decoded frame that is turned into pixels only if it is wanted; times in seconds, None if not told."""
+class _TimedFrame(Protocol):
+    """A frame that is turned into pixels only if it is wanted; times in seconds, None if not told."""
 
-    to_rgb: Callable[[], Frames]
-    size: tuple[int, int]
-    time: float | None
-    duration: float | None
-    pts: int | None = None
-    is_key: bool = False
-    digest: Callable[[], int] = lambda: 0
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def time(self) -> float | None: ...
+    @property
+    def duration(self) -> float | None: ...
+    @property
+    def pts(self) -> int | None: ...
+    @property
+    def is_key(self) -> bool: ...
+    def to_rgb(self) -> Frames: ...
+    def digest(self) -> int:
+        """A checksum of the pixels as they were decoded."""
+        ...
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
@@ -117,7 +124,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
 
 # Frames that a seek must save to be worth it, and how many of a file's key frames may be unfit before none is
 # trusted.
-LEAST_SEEK = 24
+LEAST_SEEK = 12
 MOST_UNFIT = 3
 
 
@@ -183,37 +190,82 @@ def read_clip(
 
     Raises VideoError if the file can't be read or has too few frames.
     """
+    (clip,) = read_clips(
+        path, [start], num_frames, frame_stride, at_fps=at_fps, resize=resize, seek_points=seek_points
+    )
+    return clip
+
+
+def read_clips(
+    path: str | os.PathLike[str],
+    starts: Sequence[int],
+    num_frames: int,
+    frame_stride: int = 1,
+    *,
+    at_fps: float | None = None,
+    resize: Callable[[Frames], Frames] | None = None,
+    seek_points: Sequence[tuple[int, int]] = (),
+) -> list[Frames]:
+    """Read several clips of one file, each as by ``read_clip``, in the order of ``starts``.
+
+    What lies between them is decoded once, which pays where a file has few key frames.
+    """
+    start = min(starts, default=0)
     if start < 0 or num_frames < 1 or frame_stride < 1:
         raise ValueError(
             f"a clip needs start >= 0, num_frames >= 1 and frame_stride >= 1; got {start=}, {num_frames=}, "
             f"{frame_stride=}"
         )
-    stop = start + (num_frames - 1) * frame_stride + 1
-    frames: list[Frames] = []
-    count = 0
+    span = (num_frames - 1) * frame_stride + 1
+    clips: list[list[Frames]] = [[] for _ in starts]
+
+    def take(index: int, to_rgb: Callable[[], Frames]) -> None:
+        takers = [
+            clip
+            for clip, start in zip(clips, starts, strict=True)
+            if 0 <= index - start < span and (index - start) % frame_stride == 0
+        ]
+        if takers:
+            frame = resize(to_rgb()) if resize else to_rgb()
+            for clip in takers:
+                clip.append(frame)
+
     if os.path.isdir(path):
         images = _image_files(path)
         count = len(images)
-        wanted: Iterable[Frames] = map(_read_image, images[start:stop:frame_stride])
-        for frame in wanted:
-            frames.append(resize(frame) if resize else frame)
+        for index, image in enumerate(images):
+            take(index, partial(_read_image, image))
     else:
-        points = [point for point in seek_points if point[0] <= start] if at_fps is None else []
-        first, pts = points[-1] if points else (0, None)
-        decoded = _decode(path) if pts is None else _from_point(path, pts)
-        timely = decoded if at_fps is None else _at_rate(path, decoded, at_fps)
-        for count, timed in enumerate(timely, start=first + 1):
-            index = count - 1
-            if index >= start and (index - start) % frame_stride == 0:
-                rgb = timed.to_rgb()
-                frames.append(resize(rgb) if resize else rgb)
-                if len(frames) == num_frames:
+        for first, pts, stop in _passes(starts, span, seek_points if at_fps is None else ()):
+            count = first
+            decoded = _decode(path) if pts is None else _from_point(path, pts)
+            for timed in decoded if at_fps is None else _at_rate(path, decoded, at_fps):
+                take(count, timed.to_rgb)
+                count += 1
+                if count == stop:
                     break
-    if len(frames) < num_frames:
-        raise VideoError(path, f"it has {count} frames, and frames {start} to {stop - 1} are asked for")
-    if len({frame.shape for frame in frames}) > 1:
-        raise VideoError(path, "its frames are of several sizes; resize them")
-    return np.stack(frames)
+    for clip, start in zip(clips, starts, strict=True):
+        if len(clip) < num_frames:
+            raise VideoError(
+                path, f"it has {count} frames, and frames {start} to {start + span - 1} are asked for"
+            )
+        if len({frame.shape for frame in clip}) > 1:
+            raise VideoError(path, "its frames are of several sizes; resize them")
+    return [np.stack(clip) for clip in clips]
+
+
+def _passes(
+    starts: Sequence[int], span: int, seek_points: Sequence[tuple[int, int]]
+) -> list[tuple[int, int | None, int]]:
+    """How to get at clips: from which frames (and their time stamps) to decode, and before which to stop."""
+    passes: list[tuple[int, int | None, int]] = []
+    for start in sorted(starts):
+        first, pts = max((point for point in seek_points if point[0] <= start), default=(0, None))
+        if passes and first <= passes[-1][2]:
+            passes[-1] = (*passes[-1][:2], start + span)
+        else:
+            passes.append((first, pts, start + span))
+    return passes
 
 
 def iterate_frames(path: str | os.PathLike[str], *, at_fps: float | None = None) -> Iterator[Frames]:
@@ -267,7 +319,7 @@ def _decode(
                     if not found:
                         orientation = _orientation(frame)
                         found = True
-                    yield _timed(frame, orientation, reformatter)
+                    yield _DecodedFrame(frame, orientation, reformatter)
     except (av.error.FFmpegError, OSError, UnicodeError) as error:
         if isinstance(error, FileNotFoundError):
             reason = "there is no such file"
@@ -279,14 +331,46 @@ def _decode(
         raise VideoError(path, reason)
 
 
-def _timed(
-    frame: av.VideoFrame, orientation: tuple[bool, bool, bool], reformatter: VideoReformatter
-) -> _TimedFrame:
-    transposed, flip_y, flip_x = orientation
-    base = frame.time_base
+class _DecodedFrame:
+    """A frame as it came out of the decoder; most are only counted, so all else waits to be asked for."""
 
-    def to_rgb() -> Frames:
-        converted = reformatter.reformat(frame, format="rgb24", threads=1)
+    __slots__ = ("_frame", "_orientation", "_reformatter")
+
+    def __init__(
+        self, frame: av.VideoFrame, orientation: tuple[bool, bool, bool], reformatter: VideoReformatter
+    ) -> None:
+        self._frame = frame
+        self._orientation = orientation
+        self._reformatter = reformatter
+
+    @property
+    def size(self) -> tuple[int, int]:
+        height, width = self._frame.height, self._frame.width
+        return (width, height) if self._orientation[0] else (height, width)
+
+    @property
+    def time(self) -> float | None:
+        return self._seconds(self._frame.pts)
+
+    @property
+    def duration(self) -> float | None:
+        return self._seconds(self._frame.duration or None)
+
+    @property
+    def pts(self) -> int | None:
+        return self._frame.pts
+
+    @property
+    def is_key(self) -> bool:
+        return bool(self._frame.key_frame)
+
+    def digest(self) -> int:
+        return _digest(self._frame)
+
+    def to_rgb(self) -> Frames:
+        frame = self._frame
+        transposed, flip_y, flip_x = self._orientation
+        converted = self._reformatter.reformat(frame, format="rgb24", threads=1)
         plane = converted.planes[0]
         if plane.line_size > 0:  # to_ndarray does the same, but takes longer than decoding a small frame
             levels: Frames = np.frombuffer(memoryview(plane), np.uint8, count=frame.height * plane.line_size)
@@ -299,15 +383,9 @@ def _timed(
         rgb = rgb[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
         return rgb.copy()  # the plane's memory goes with the frame
 
-    return _TimedFrame(
-        to_rgb,
-        (frame.width, frame.height) if transposed else (frame.height, frame.width),
-        None if frame.pts is None or base is None else float(frame.pts * base),
-        None if not frame.duration or base is None else float(frame.duration * base),
-        frame.pts,
-        bool(frame.key_frame),
-        lambda: _digest(frame),
-    )
+    def _seconds(self, ticks: int | None) -> float | None:
+        base = self._frame.time_base
+        return None if ticks is None or base is None else float(ticks * base)
 
 
 def _digest(frame: av.VideoFrame) -> int:
@@ -340,15 +418,37 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     return True, bool(b < 0), bool(c < 0)
 
 
+@dataclass(frozen=True)
+class _Picture:
+    """A frame of an animated picture, which comes as pixels."""
+
+    pixels: Frames
+    time: float | None
+    duration: float | None
+    pts: int | None = None
+    is_key: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        height, width = self.pixels.shape[:2]
+        return height, width
+
+    def to_rgb(self) -> Frames:
+        return self.pixels
+
+    def digest(self) -> int:
+        return zlib.crc32(self.pixels.tobytes())
+
+
 def _decode_webp(path: str | os.PathLike[str]) -> Iterator[_TimedFrame]:
     try:
         with Image.open(path) as image:
             time = 0.0
             for index in range(getattr(image, "n_frames", 1)):
                 image.seek(index)
-                rgb = np.asarray(image.convert("RGB"))
+                pixels = np.asarray(image.convert("RGB"))  # which is what reads this frame's duration, too
                 duration = image.info.get("duration", 0) / 1000
-                yield _TimedFrame(lambda rgb=rgb: rgb, rgb.shape[:2], time, duration)  # type: ignore[misc]
+                yield _Picture(pixels, time, duration)
                 time += duration
     except _PILLOW_ERRORS as error:
         raise VideoError(path, str(error)) from error

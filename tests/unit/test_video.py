@@ -24,6 +24,7 @@ from src.data.video import (
     natural_key,
     probe,
     read_clip,
+    read_clips,
     write_video,
 )
 
@@ -529,15 +530,52 @@ def test_a_seek_point_spares_what_is_before_it(tmp_path: Path, monkeypatch: pyte
     write_video(path, moving(200), 25.0)
     points = probe(path).seek_points
     decoded: list[int | None] = []
-    plain = video._timed
+    plain = video._DecodedFrame
 
     def counted(frame: av.VideoFrame, *rest: Any) -> Any:
         decoded.append(frame.pts)
         return plain(frame, *rest)
 
-    monkeypatch.setattr(video, "_timed", counted)
+    monkeypatch.setattr(video, "_DecodedFrame", counted)
     read_clip(path, 180, 4, seek_points=points)
     assert len(decoded) <= 24 + 4
+
+
+@pytest.mark.parametrize("sought", [False, True])
+def test_several_clips_of_an_opening_are_those_of_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sought: bool
+) -> None:
+    path = tmp_path / "long.mp4"
+    write_video(path, moving(200), 25.0)
+    points = probe(path).seek_points if sought else ()
+    _, truth = reference_frames(path, set(range(200)))
+    decoded = 0
+    plain = video._DecodedFrame
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal decoded
+        decoded += 1
+        return plain(*arguments)
+
+    monkeypatch.setattr(video, "_DecodedFrame", counted)
+    starts = [150, 3, 150, 10, 171]
+    clips = read_clips(path, starts, 4, 3, seek_points=points)
+    for clip, start in zip(clips, starts, strict=True):
+        np.testing.assert_array_equal(clip, [truth[start + 3 * k] for k in range(4)])
+    # Without seek points all up to the end of the last clip, once; with them 0 to 19, 144 to 159, 168 to 180.
+    assert decoded == (20 + 16 + 13 if sought else 181)
+    assert read_clips(path, [], 4) == []
+    with pytest.raises(VideoError, match="it has 200 frames, and frames 197 to 200 are asked for"):
+        read_clips(path, [3, 197], 4, seek_points=points)
+
+
+def test_several_clips_of_a_folder_or_by_time(tmp_path: Path) -> None:
+    for t, frame in enumerate(numbered(12)):
+        Image.fromarray(frame).save(tmp_path / f"frame{t}.png")
+    assert [numbers(clip) for clip in read_clips(tmp_path, [5, 0], 3, 2)] == [[5, 7, 9], [0, 2, 4]]
+    path = tmp_path / "variable.mkv"
+    write_raw(path, "libx264", numbered(5), stamps=[0, 10, 20, 60, 70])
+    assert [numbers(clip) for clip in read_clips(path, [3, 0], 3, at_fps=10)] == [[2, 2, 2], [0, 1, 2]]
 
 
 def test_key_frames_that_lie_are_no_seek_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
