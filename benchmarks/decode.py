@@ -233,7 +233,8 @@ def make_files(folder: Path, shared: Path) -> dict[str, list[Video]]:
     else:
         path = folder / "made.avi"
         with av.open(str(path), "w") as container:
-            stream = container.add_stream("mpeg4", rate=25, options={"bf": "2", "g": "300", "vtag": "XVID"})
+            stream = container.add_stream("mpeg4", rate=25, options={"bf": "2", "g": "300"})
+            stream.codec_context.codec_tag = "XVID"
             stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
             stream.bit_rate = 500_000
             for frame in scene(180, 240, 320):

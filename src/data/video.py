@@ -20,6 +20,7 @@ from typing import Protocol, Self, cast
 
 import av
 import numpy as np
+from av.container import InputContainer
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 
@@ -35,6 +36,18 @@ IMAGE_EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", "
 
 # A folder of images states no frame rate.
 IMAGES_FPS = 25.0
+
+# Of a frame: a header of a few bytes can claim gigabytes. 8K, which is 7680 x 4320, is below this.
+MAX_PIXELS = 2**25
+
+# A file is that file alone: no network, and none of the formats that are lists of other files.
+_LISTS = {"concat", "dash", "hls", "image2", "imf", "lavfi", "rtp", "rtsp", "sap", "sdp", "vobsub"}
+_LISTS |= {"webm_dash_manifest"}
+_OPEN_OPTIONS = {
+    "protocol_whitelist": "file",
+    "format_whitelist": ",".join(sorted(av.formats_available - _LISTS)),
+    "max_pixels": str(MAX_PIXELS),
+}
 
 _PILLOW_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
@@ -283,26 +296,25 @@ def _decode(
 ) -> Iterator[_TimedFrame]:
     """Decode a file in presentation order; raises VideoError if not even one frame comes out.
 
-    As in ffmpeg's own tool, a damaged packet costs its own frames and the rest goes on; ``damaged`` gets to
-    know of it. With ``seek_to`` it begins at the last key frame that isn't after this time stamp.
+    As in ffmpeg's own tool, a damaged packet costs its own frames and the rest goes on; ``damaged`` has been
+    told of it when all is decoded. With ``seek_to`` it begins at the last key frame that isn't after this time
+    stamp.
     """
     if Path(path).suffix.lower() == ".webp":  # FFmpeg's demuxer doesn't know the animated kind
         yield from _decode_webp(path)
         return
     found = False
-    reason = "no frame in it can be decoded"
+    reasons: list[str] = []
     try:
         # "file:" keeps a name like "concat:x" or "-x" from being anything but a file's name.
-        with av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"}) as container:
-            streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
-            if not streams:
-                raise VideoError(path, "there is no video stream in it")
-            stream = streams[0]
+        with av.open(f"file:{os.fspath(path)}", options=_OPEN_OPTIONS) as container:
+            stream = _video_stream(path, container)
             if stream.codec_context is None:
                 raise VideoError(path, "no decoder knows its codec")
             # Loader workers are many; each decodes with one thread.
             stream.thread_type = "NONE"
             stream.codec_context.thread_count = 1
+            stream.codec_context.options = {"max_pixels": _OPEN_OPTIONS["max_pixels"]}
             # One for the file: each builds tables that cost more than a small frame.
             reformatter = VideoReformatter()
             if seek_to is not None:
@@ -311,9 +323,9 @@ def _decode(
                 try:
                     decoded = packet.decode()
                 except av.error.FFmpegError as error:
-                    reason = error.strerror or reason
-                    if damaged is not None:
-                        damaged.append(reason)
+                    too_large = f", as with frames of more than {MAX_PIXELS:,} pixels"
+                    reason = error.strerror or "no frame in it can be decoded"
+                    reasons.append(reason + too_large * isinstance(error, av.error.ArgumentError))
                     continue
                 for frame in decoded:
                     if not found:
@@ -321,14 +333,20 @@ def _decode(
                         found = True
                     yield _DecodedFrame(frame, orientation, reformatter)
     except (av.error.FFmpegError, OSError, UnicodeError) as error:
-        if isinstance(error, FileNotFoundError):
-            reason = "there is no such file"
-        else:
-            reason = getattr(error, "strerror", None) or str(error)
-        if damaged is not None:
-            damaged.append(reason)
+        missing = "there is no such file" if isinstance(error, FileNotFoundError) else None
+        reasons.append(missing or getattr(error, "strerror", None) or str(error))
+    if damaged is not None:
+        damaged += reasons
     if not found:
-        raise VideoError(path, reason)
+        raise VideoError(path, reasons[0] if reasons else "no frame in it can be decoded")
+
+
+def _video_stream(path: str | os.PathLike[str], container: InputContainer) -> av.VideoStream:
+    """The first one that isn't a cover picture."""
+    for stream in container.streams.video:
+        if not stream.disposition & stream.disposition.attached_pic:
+            return stream
+    raise VideoError(path, "there is no video stream in it")
 
 
 class _DecodedFrame:
@@ -441,17 +459,21 @@ class _Picture:
 
 
 def _decode_webp(path: str | os.PathLike[str]) -> Iterator[_TimedFrame]:
+    found = False
     try:
         with Image.open(path) as image:
+            _check_size(image)
             time = 0.0
             for index in range(getattr(image, "n_frames", 1)):
                 image.seek(index)
                 pixels = np.asarray(image.convert("RGB"))  # which is what reads this frame's duration, too
                 duration = image.info.get("duration", 0) / 1000
+                found = True
                 yield _Picture(pixels, time, duration)
                 time += duration
     except _PILLOW_ERRORS as error:
-        raise VideoError(path, str(error)) from error
+        if not found:  # else it ends where the damage begins, as a video does
+            raise VideoError(path, str(error)) from error
 
 
 def _increasing(times: Sequence[float | None]) -> bool:
@@ -481,8 +503,8 @@ def _frame_rate(
 def _declared_rate(path: str | os.PathLike[str]) -> float | None:
     if Path(path).suffix.lower() == ".webp":
         return None
-    with av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"}) as container:
-        rate = container.streams.video[0].average_rate
+    with av.open(f"file:{os.fspath(path)}", options=_OPEN_OPTIONS) as container:
+        rate = _video_stream(path, container).average_rate
     return float(rate) if rate else None
 
 
@@ -533,9 +555,15 @@ def _image_files(folder: str | os.PathLike[str]) -> list[Path]:
     return [Path(folder, name) for name in sorted(images, key=natural_key)]
 
 
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"it claims {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
+
+
 def _read_image(path: Path) -> Frames:
     try:
         with Image.open(path) as image:
+            _check_size(image)
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16 bits: Pillow would clip, not scale
                 levels = np.asarray(upright).astype(np.float64) / 257

@@ -1,7 +1,5 @@
 import io
 import os
-import random
-import time
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
@@ -409,48 +407,6 @@ def test_odd_files_are_read_right_or_refused_by_name(shared: Shared) -> None:
         if path.stat().st_size < small:
             check_against_sequential_decoding(path)
     assert refused == NOT_VIDEOS & {path.name for path in files}
-
-
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    """Flip, cut or remove bytes, anywhere or in the header."""
-    damaged = bytearray(data)
-    kind = rng.choice(["anywhere", "header", "cut", "remove"])
-    if kind == "cut":
-        return bytes(damaged[: rng.randrange(1, len(damaged))])
-    if kind == "remove":
-        begin = rng.randrange(len(damaged))
-        del damaged[begin : begin + rng.randrange(1, 3000)]
-        return bytes(damaged)
-    reach = len(damaged) if kind == "anywhere" else min(2000, len(damaged))
-    for _ in range(rng.randrange(1, 30)):
-        damaged[rng.randrange(reach)] = rng.randrange(256)
-    return bytes(damaged)
-
-
-@pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.slow)])
-def test_damaged_files_are_read_or_refused_but_never_worse(tmp_path: Path, count: int) -> None:
-    sources = []
-    for name, codec in [("a.mp4", "libx264"), ("b.avi", "mpeg4"), ("c.mkv", "libx264"), ("d.webm", "libvpx")]:
-        write_raw(tmp_path / name, codec, numbered(30), bf="2" if codec != "libvpx" else "0")
-        sources.append(tmp_path / name)
-    write_video(tmp_path / "e.mp4", numbered(30), 8)
-    rng = random.Random(0)
-    outcomes = set()
-    for number in range(count):
-        source = rng.choice([*sources, tmp_path / "e.mp4"])
-        path = tmp_path / f"damaged{source.suffix}"
-        path.write_bytes(mutate(source.read_bytes(), rng))
-        begin = time.perf_counter()
-        try:
-            info = probe(path)
-            clip = read_clip(path, 0, info.num_frames, resize=Resize(8))
-            assert clip.shape == (info.num_frames, 8, 8, 3), number
-            outcomes.add("read")
-        except VideoError as error:
-            assert str(path) in str(error)
-            outcomes.add("refused")
-        assert time.perf_counter() - begin < 10, number
-    assert outcomes == {"read", "refused"}
 
 
 def test_reading_does_not_gather_memory(tmp_path: Path) -> None:
