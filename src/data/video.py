@@ -297,8 +297,8 @@ def _decode(
     """Decode a file in presentation order; raises VideoError if not even one frame comes out.
 
     As in ffmpeg's own tool, a damaged packet costs its own frames and the rest goes on; ``damaged`` has been
-    told of it when all is decoded. With ``seek_to`` it begins at the last key frame that isn't after this time
-    stamp.
+    told of it when all is decoded. With ``seek_to`` it begins at the last key frame that isn't after this
+    time stamp.
     """
     if Path(path).suffix.lower() == ".webp":  # FFmpeg's demuxer doesn't know the animated kind
         yield from _decode_webp(path)
@@ -408,12 +408,14 @@ class _DecodedFrame:
 
 def _digest(frame: av.VideoFrame) -> int:
     """A checksum of a frame's visible pixels as they were decoded."""
-    num_bytes = -(-frame.format.components[0].bits // 8)
     total = 0
-    for plane in frame.planes:
+    for index, plane in enumerate(frame.planes):
+        # A row is padded with what happened to be there; packed formats hold several components in a plane.
+        parts = [part for part in frame.format.components if part.plane == index]
+        length = sum(part.width * -(-part.bits // 8) for part in parts)
         rows = np.frombuffer(memoryview(plane), np.uint8)
         rows = rows[: plane.height * abs(plane.line_size)].reshape(plane.height, abs(plane.line_size))
-        total = zlib.crc32(rows[:, : plane.width * num_bytes].tobytes(), total)
+        total = zlib.crc32(rows[:, :length].tobytes(), total)
     return total
 
 
