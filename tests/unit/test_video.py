@@ -517,7 +517,7 @@ def test_frames_far_apart_are_read_in_as_few_passes_as_pay(
     wanted = [3, 6, 9, 12, 19, 150, 153, 156, 159, 163, 180]
     frames = read_frames(path, wanted, seek_points=points)
     np.testing.assert_array_equal(frames, [truth[number] for number in wanted])
-    # Without seek points all up to the last frame, once; with them 0 to 19 and from 144 on: seeking to the key
+    # Without seek points all up to the last frame, once; with them 0 to 19 and from 144 on: seeking to key
     # frame 168 would save four frames and cost an opening.
     assert points == () or 168 in dict(points)
     assert decoded == (20 + 37 if sought else 181)
