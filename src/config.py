@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import yaml
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -303,6 +304,9 @@ class PrepareConfig:
 
     weights: str | None
     dataset: Any
+    index: str | None
+    shards: str | None
+    videos_per_shard: int
 
 
 @dataclass
@@ -646,6 +650,10 @@ def run_folder(cfg: DictConfig) -> Path:
     cell finds its folder again.
     """
     name = str(cfg.name)
+    if not name.strip("./ ") or ".." in Path(name).parts or Path(name).is_absolute():
+        raise ConfigError(
+            f"name={name!r} is no name for a folder under {cfg.runs}; choose one, like name=first"
+        )
     if _in_multirun():
         swept = set(os.environ.get(_SWEPT, "").split()) | set(HydraConfig.get().sweeper.get("params") or {})
         overrides = [str(override) for override in HydraConfig.get().overrides.task]
@@ -676,6 +684,19 @@ def _swept_keys(arguments: list[str]) -> list[str]:
     return keys
 
 
+def read_yaml(path: Path) -> Any:
+    """What a config file holds, as plain Python.
+
+    Raises:
+        ConfigError: if it isn't YAML; nothing in it is run.
+    """
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is damaged, it isn't a config: {reason[:300]}") from error
+
+
 def claim_run_folder(cfg: DictConfig, folder: Path) -> None:
     """Writes ``config.yaml`` into the run's folder, unless another run lives there.
 
@@ -684,7 +705,12 @@ def claim_run_folder(cfg: DictConfig, folder: Path) -> None:
     """
     path = folder / "config.yaml"
     if path.exists() and ((folder / "state").exists() or (folder / "model").exists()):
-        old = OmegaConf.to_container(OmegaConf.load(path))
+        old = read_yaml(path)
+        if not isinstance(old, dict) or not old:
+            raise ConfigError(
+                f"{path} holds no config; bring it back from a copy, or remove it: the folder's states then "
+                "go on with the config as it is given now"
+            )
         lines = difference(old, OmegaConf.to_container(cfg, resolve=True))
         if lines:
             changes = "\n".join(lines)

@@ -74,6 +74,8 @@ def metadata_of(dataset: "ClipDataset", autoencoder_folder: str, clips_per_video
         "dataset_fingerprint": dataset.fingerprint,
         "num_frames": dataset.num_frames,
         "frame_stride": dataset.frame_stride,
+        "target_fps": dataset.sampling.fps,
+        "short_videos": dataset.sampling.short_videos,
         "resolution": list(dataset.resolution),
         "horizontal_flip": dataset.horizontal_flip,
         "crop": dataset.resize.mode,
@@ -164,18 +166,12 @@ def _write_shards(
     import torch
     from tqdm import tqdm
 
-    from .data.sampler import Batch, batches, epoch_order
-
-    places: dict[int, list[int]] = {}
+    from .data.sampler import Batch, batches
 
     def position(number: int) -> int:
         """Where in the data set's order the clip of these latents stands."""
         epoch, item = divmod(number, len(dataset))
-        if epoch not in places:
-            places.clear()
-            order = torch.tensor(epoch_order(len(dataset), dataset.seed, epoch))
-            places[epoch] = order.argsort().tolist()
-        return epoch * len(dataset) + places[epoch][item]
+        return dataset.position(item, epoch)
 
     mine = missing[share.rank :: share.world_size]
     others = set(missing) - set(mine)

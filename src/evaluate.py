@@ -34,8 +34,11 @@ FOLDER_OF_SAMPLES = {
     "_target_": ".data.folder.folder",
     "test_fraction": 0.0,
     "frame_stride": 1,
+    "fps": None,
     "crop": "center_crop",
     "horizontal_flip": False,
+    "short_videos": "skip",
+    "clips_per_opening": 1,
     "cache": None,
     "strict": False,
 }
@@ -224,6 +227,13 @@ def clip_geometry(dataset: DictConfig, record: "DataRecord | None") -> dict[str,
 
     node = OmegaConf.to_container(dataset, resolve=True)
     assert isinstance(node, dict)
+    if record is not None and record.target_fps and not node.get("frame_stride") and not node.get("fps"):
+        if "fps" not in node:
+            raise ConfigError(
+                f"the model was trained at {record.target_fps:g} frames per second, and dataset "
+                f"{node['_target_']} can't be read at a rate; give dataset.frame_stride"
+            )
+        node["fps"] = record.target_fps
     for fact in CLIP_FACTS:
         if node.get(fact) is None:
             if record is None:
@@ -252,6 +262,7 @@ def differences(dataset: "ClipDataset", model: "DiffusionModel") -> list[str]:
         "content": (model.data.fingerprint, dataset.fingerprint),
         "frames": (model.data.num_frames, dataset.num_frames),
         "stride": (model.data.frame_stride, dataset.frame_stride),
+        "frame rate asked for": (model.data.target_fps, dataset.sampling.fps),
         "resolution": (list(model.data.resolution), list(dataset.resolution)),
     }
     return [

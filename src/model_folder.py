@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from .config import CONF, PACKAGE, build, difference, full_arguments
+from .config import CONF, PACKAGE, build, difference, full_arguments, read_yaml
 from .data.storage import atomic_folder, load_tensors, save_tensors
 from .diffusion.conditioning import FrameMasking
 from .diffusion.parameterization import Parameterization
@@ -37,6 +37,7 @@ class DataRecord:
         resolution: height and width.
         fps: of the clip, after the stride.
         classes: names of classes, in the order of labels.
+        target_fps: the rate at which all videos were read, if they were; None for their own.
     """
 
     name: str
@@ -46,6 +47,7 @@ class DataRecord:
     resolution: list[int]
     fps: float
     classes: list[str]
+    target_fps: float | None = None
 
 
 @dataclass
@@ -301,10 +303,18 @@ def read_config(folder: Path, remedy: str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"no model at {folder}: expected config.yaml and weights.safetensors, found {found}.{hint}"
         )
-    config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    config = read_yaml(path)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{path} isn't the config of a model folder of format {FORMAT}")
     return {str(key): value for key, value in config.items()}
+
+
+def step_of(folder: Path) -> int | None:
+    """How many steps a model folder's model was trained for; None if there is none that can be read."""
+    try:
+        return int(read_config(folder, remedy="")["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def fingerprint(folder: Path) -> str:

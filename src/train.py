@@ -1,6 +1,7 @@
 """Train a stage: ``python -m src.train +experiment=ucf101``. The same command resumes."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,8 @@ def run(cfg: DictConfig, requests: "StopRequests") -> None:
     import torch
 
     from .data.sampler import Batch, LatentBatch, PositionSampler, batches, held_out_batches
+    from .data.storage import held
+    from .model_folder import step_of
     from .training.device import compile_in_place, make_accelerator
     from .training.loop import LoopSettings, train
     from .training.record import RunRecord
@@ -87,12 +90,17 @@ def run(cfg: DictConfig, requests: "StopRequests") -> None:
         batch_size=settings.batch_size,
         micro_batch_size=settings.micro_batch_size,
     )
+    if accelerator.is_main_process:
+        busy = f"{folder} is being trained already; wait for that run, stop it, or choose another name=…"
+        requests.until_the_end(held(folder / ".lock", busy))
     with accelerator.main_process_first():
         dataset = build(cfg.dataset, split="train", seed=cfg.seed)
         held_out = build(cfg.dataset, split="test", seed=cfg.seed)
     accelerator.print(dataset.summary())
     torch.manual_seed(cfg.seed)
     stage, save_model = stage_of(cfg, dataset, accelerator)
+    if machine.fsdp:
+        check_shardable(stage, accelerator)
     if accelerator.is_main_process:
         claim_run_folder(cfg, folder)
     accelerator.wait_for_everyone()
@@ -167,6 +175,20 @@ def run(cfg: DictConfig, requests: "StopRequests") -> None:
         f"({accelerator.num_processes} process(es) x {accelerator.gradient_accumulation_steps} micro-batches "
         f"of {micro_batch_size}), {accelerator.device}, precision {accelerator.mixed_precision}"
     )
+    record = RunRecord(
+        folder,
+        _plain(cfg),
+        data_fingerprint=dataset.fingerprint,
+        batch_size=settings.batch_size,
+        num_processes=accelerator.num_processes,
+    )
+    if record.former_fingerprint not in (None, dataset.fingerprint) and accelerator.is_main_process:
+        warnings.warn(
+            f"the data of {folder} have changed since it was last trained (fingerprint "
+            f"{str(record.former_fingerprint)[:12]} -> {dataset.fingerprint[:12]}): it goes on, but with "
+            "other clips than it would have seen",
+            stacklevel=2,
+        )
     train(
         stage,
         optimizers=optimizers,
@@ -188,21 +210,17 @@ def run(cfg: DictConfig, requests: "StopRequests") -> None:
         folder=folder,
         resume=cfg.resume,
         batch_size=settings.batch_size,
-        tracker=lambda step: Tracker(
+        model_step=lambda: step_of(folder / "model"),
+        tracker=lambda step, measured: Tracker(
             folder,
             step,
             dataset.fps,
+            measured=measured,
             tensorboard=logger.tensorboard,
             wandb=logger.wandb,
             settings=flat(_plain(cfg)),
         ),
-        record=RunRecord(
-            folder,
-            _plain(cfg),
-            data_fingerprint=dataset.fingerprint,
-            batch_size=settings.batch_size,
-            num_processes=accelerator.num_processes,
-        ).update,
+        record=record.update,
         requests=requests,
         seed=cfg.seed,
     )
@@ -222,23 +240,29 @@ def averages_of(
 
 
 def shard_stage(stage: "Stage", averages: "Averages | None", accelerator: "Accelerator") -> None:
-    """Spreads what a stage trains, and its averages, over the processes.
-
-    Raises:
-        ConfigError: for a stage that looks into single weights, as the adversarial autoencoder does.
-    """
-    from .stages.diffusion import DiffusionStage
+    """Spreads what a stage trains, and its averages, over the processes."""
     from .training.sharding import shard
 
+    for module in stage.modules.values():
+        shard(module, accelerator, trained=True)
+    for module in averages.saved.values() if averages is not None else ():
+        shard(module, accelerator, trained=False)
+
+
+def check_shardable(stage: "Stage", accelerator: "Accelerator") -> None:
+    """Raises ConfigError or ValueError where ``machine.fsdp`` can't be.
+
+    A stage that looks into single weights, as the adversarial autoencoder does, can't be sharded.
+    """
+    from .stages.diffusion import DiffusionStage
+    from .training.sharding import check_sharding
+
+    check_sharding(accelerator)
     if not isinstance(stage, DiffusionStage):
         raise ConfigError(
             "machine.fsdp=true shards the diffusion model; an autoencoder is small enough for one GPU, and "
             "its losses are balanced at a single weight. Use machine.fsdp=false"
         )
-    for module in stage.modules.values():
-        shard(module, accelerator, trained=True)
-    for module in averages.saved.values() if averages is not None else ():
-        shard(module, accelerator, trained=False)
 
 
 SaveModel = Callable[[Path, "Weights", int], None]
@@ -258,6 +282,7 @@ def stage_of(
         resolution=list(dataset.resolution),
         fps=dataset.fps,
         classes=list(dataset.classes),
+        target_fps=dataset.sampling.fps,
     )
     kind = str(cfg.stage._target_).rsplit(".", 1)[-1]
     if kind == "DiffusionStage":

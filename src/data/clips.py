@@ -1,6 +1,7 @@
 """Videos in a folder as an endless stream of training clips."""
 
 import hashlib
+import math
 import os
 import shutil
 import statistics
@@ -8,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, islice
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -17,21 +18,25 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from .counts import Count
 from .sampler import EndlessOrder, clip_generator
 from .storage import cache_home, exclusive, read_json, write_json
 from .transforms import Frames, Resize
 from .video import (
     IMAGE_EXTENSIONS,
     VIDEO_EXTENSIONS,
+    Packed,
     VideoError,
+    VideoPath,
     iterate_frames,
     natural_key,
     probe,
-    read_clip,
+    read_frames,
+    sha256_of,
 )
 
 # Of what is remembered of each video between starts.
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
 # Of those that are skipped, so many are named.
 NUM_NAMED = 3
 # A file that breaks in mid-training is replaced by another; after so many in a row something else is wrong.
@@ -43,7 +48,10 @@ _B = TypeVar("_B")
 
 @dataclass(frozen=True)
 class VideoEntry:
-    """One video of a data set: its file or folder of images, its class (−1: none), what probing it told."""
+    """One video of a data set: its file or folder of images, its class (−1: none), what probing it told.
+
+    A video inside an archive is ``packed``, and ``path`` only names it.
+    """
 
     path: str
     label: int
@@ -52,6 +60,91 @@ class VideoEntry:
     variable_rate: bool = False
     num_bytes: int = 0
     seek_points: tuple[tuple[int, int], ...] = ()
+    sha256: str = ""
+    size: tuple[int, int] | None = None
+    packed: Packed | None = None
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.num_frames / self.fps
+
+
+SHORT_VIDEOS = ("skip", "pad", "loop")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which frames of a video make up a clip.
+
+    A video is a row of *ticks*: its frames or, with ``fps``, what is on the screen in the middle of each tick
+    of that rate. A clip takes ``num_frames`` of them, ``frame_stride`` apart. Of a video with too few,
+    ``short_videos`` says what becomes: ``skip``, ``pad`` (its last tick stands still) or ``loop`` (it begins
+    again).
+
+    Raises ValueError on numbers or words that can't be.
+    """
+
+    num_frames: int
+    frame_stride: int
+    fps: float | None = None
+    short_videos: str = "skip"
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 1 or self.frame_stride < 1:
+            raise ValueError(
+                "num_frames and frame_stride must be at least 1, got "
+                f"num_frames={self.num_frames}, frame_stride={self.frame_stride}"
+            )
+        if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
+            raise ValueError(f"dataset.fps must be a positive rate or null, got {self.fps}")
+        if self.fps is not None and self.frame_stride != 1:
+            raise ValueError(
+                f"the distance of frames is told twice, by dataset.fps={self.fps:g} and "
+                f"dataset.frame_stride={self.frame_stride}; use frame_stride=1, or fps=null"
+            )
+        if self.short_videos not in SHORT_VIDEOS:
+            raise ValueError(
+                f"unknown short_videos {self.short_videos!r}; choose one of: {', '.join(SHORT_VIDEOS)}"
+            )
+
+    @property
+    def span(self) -> int:
+        """Ticks from a clip's first to its last."""
+        return (self.num_frames - 1) * self.frame_stride + 1
+
+    def num_ticks(self, entry: VideoEntry) -> int:
+        """How long a video is."""
+        if self.fps is None:
+            return entry.num_frames
+        # Half a tick too little is none; the bit below it keeps rounding errors from asking for one too many.
+        return max(1, math.ceil(entry.duration * self.fps - 0.5 - 1e-6))
+
+    def is_short(self, entry: VideoEntry) -> bool:
+        """Whether a video has fewer ticks than a clip."""
+        return self.num_ticks(entry) < self.span
+
+    def start(self, entry: VideoEntry, where: float) -> int:
+        """The first tick of a clip at a share of the way, in [0, 1), from the earliest place to the last."""
+        return int(where * (max(0, self.num_ticks(entry) - self.span) + 1))
+
+    def ticks(self, entry: VideoEntry, start: int) -> list[int]:
+        """The ticks of a clip that begins at one."""
+        length = self.num_ticks(entry)
+        wanted = range(start, start + self.span, self.frame_stride)
+        return [tick % length if self.short_videos == "loop" else min(tick, length - 1) for tick in wanted]
+
+    def rate_of(self, entry: VideoEntry) -> float | None:
+        """The rate at which ticks are to be read by the file's time stamps; None if they can be counted."""
+        if entry.variable_rate:
+            return self.fps or entry.fps
+        return None
+
+    def frame_at(self, entry: VideoEntry, tick: int) -> int:
+        """The number by which a tick is read: that of a frame, where frames are counted."""
+        if self.fps is None or entry.variable_rate:
+            return tick
+        return min(int((tick + 0.5) * entry.fps / self.fps), entry.num_frames - 1)
 
 
 @dataclass(frozen=True)
@@ -109,18 +202,16 @@ def list_videos(root: str | os.PathLike[str]) -> list[str]:
 
 
 def _stamp(path: Path) -> list[int]:
-    """What changes when a file (or a folder's listing) does: its size and time of modification."""
+    """What changes when a file (or one in a folder) does: its size in bytes and time of modification."""
     try:
-        status = path.stat()
+        own = path.stat()
+        files = [own]
+        if path.is_dir():
+            files = [entry.stat() for entry in os.scandir(path) if entry.is_file()]
     except OSError:
         return [0, 0]
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _num_bytes(path: Path) -> int:
-    if path.is_dir():
-        return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
-    return path.stat().st_size
+    latest = max([own.st_mtime_ns, *(status.st_mtime_ns for status in files)])
+    return [sum(status.st_size for status in files), latest]
 
 
 def _probe_all(root: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -136,7 +227,7 @@ def _probe_all(root: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     def one(name: str) -> dict[str, Any]:
         path = root / name
         try:
-            return {"stamp": _stamp(path), "num_bytes": _num_bytes(path), "info": asdict(probe(path))}
+            return {"stamp": _stamp(path), "sha256": sha256_of(path), "info": asdict(probe(path))}
         except VideoError as error:
             return {"stamp": _stamp(path), "error": error.reason}
         except OSError as error:
@@ -202,8 +293,10 @@ def find_videos(
                 info["num_frames"],
                 info["fps"],
                 info["variable_rate"],
-                result["num_bytes"],
+                result["stamp"][0],
                 tuple((index, pts) for index, pts in info["seek_points"]),
+                result["sha256"],
+                (info["height"], info["width"]),
             )
         )
     if strict and broken:
@@ -217,18 +310,36 @@ def _named(items: Iterable[str]) -> str:
     return ", ".join(listed[:NUM_NAMED]) + more
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a clip is taken: its first tick, whether it is mirrored, where it is cropped."""
+
+    start: int
+    flip: bool
+    x: float = 0.5
+    y: float = 0.5
+
+
 class ClipDataset(Dataset[dict[str, Any]]):
     """Clips of ``num_frames`` frames, ``frame_stride`` apart, at random places of the videos, without end.
 
     ``dataset[position]`` is a dict of ``frames`` (uint8 tensor ``t h w c``), ``label`` and ``position``.
     Epoch ``position // len(dataset)`` visits every video once, in an order, at starts and with flips that are
     functions of (seed, position). Videos of variable frame rate are read by time at their average rate.
+    ``frame_stride`` counts frames; ``fps`` (with a stride of 1) asks for a rate instead, whatever the files'.
+
+    ``fetch`` turns the archive of a packed video, where that is a URL, into a file; the data order then takes
+    a few archives at a time.
+
+    With ``clips_per_opening`` k, k positions in a row take the same video: those of them that are loaded
+    together are read in one pass, which is cheaper where files have few key frames.
 
     ``cache`` names a folder for the decoded videos at this resolution: one flat file, mapped into memory,
     made on first use, valid as long as files, resolution and crop stay the same. Without it (None) clips are
     decoded on the fly.
 
-    Videos too short for a clip are skipped and told by ``summary()``; one that breaks while being read is
+    Videos too short for a clip are skipped (or padded, or looped, see ``Sampling``) and told by
+    ``summary()``; one that breaks while being read is
     warned of once and replaced by another, drawn from (seed, position, attempt). With ``strict`` each raises
     instead.
 
@@ -243,18 +354,29 @@ class ClipDataset(Dataset[dict[str, Any]]):
         num_frames: int,
         frame_stride: int,
         resolution: int | tuple[int, int],
+        fps: float | None = None,
         crop: str = "center_crop",
         horizontal_flip: bool = False,
+        short_videos: str = "skip",
+        clips_per_opening: int = 1,
+        fetch: Callable[[str], str] | None = None,
         seed: int = 0,
         cache: str | os.PathLike[str] | None = None,
         strict: bool = False,
         name: str = "videos",
         broken: Sequence[VideoError] = (),
+        counts: Sequence[Count] = (),
     ) -> None:
-        if num_frames < 1 or frame_stride < 1:
+        if clips_per_opening < 1:
+            raise ValueError(f"clips_per_opening must be at least 1, got {clips_per_opening}")
+        if cache is not None and crop == "random_crop":
             raise ValueError(
-                f"num_frames and frame_stride must be at least 1, got {num_frames}, {frame_stride}"
+                "a cache of decoded videos holds one crop of each; use dataset.cache=null with "
+                "dataset.crop=random_crop, or another crop"
             )
+        self.sampling = Sampling(num_frames, frame_stride, fps, short_videos)
+        self.clips_per_opening = clips_per_opening
+        self.counts = tuple(counts)
         self.name = name
         self.classes = tuple(classes)
         self.num_frames = num_frames
@@ -265,27 +387,30 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self.seed = seed
         self.strict = strict
         self.broken: dict[str, str] = {error.path: error.reason for error in broken}
-        self.span = (num_frames - 1) * frame_stride + 1
-        self.too_short = [entry for entry in entries if entry.num_frames < self.span]
-        usable = [entry for entry in entries if entry.num_frames >= self.span]
+        self.too_short = [entry for entry in entries if self.sampling.is_short(entry)]
+        usable = [e for e in entries if short_videos != "skip" or not self.sampling.is_short(e)]
         self._check_length(usable)
         self._offsets: dict[str, int] = {}
+        self._fetch = fetch
         self._cache_file: Path | None = None
         self._pixels: Frames | None = None
         if cache is not None:
             usable = self._open_cache(Path(cache), usable)
         self.entries = tuple(usable)
-        self._order = EndlessOrder(len(self.entries), seed)
+        groups = None if fetch is None else [e.packed.archive if e.packed else "" for e in self.entries]
+        self._order = EndlessOrder(len(self.entries), seed, groups)
 
     def _check_length(self, usable: Sequence[VideoEntry]) -> None:
-        needs = f"a clip of {self.num_frames} frames at stride {self.frame_stride} needs {self.span}"
-        if self.too_short and (self.strict or not usable):
+        needs = f"a clip of {self.num_frames} frames {self._pace()} needs {self.sampling.span}"
+        skipped = self.too_short and self.sampling.short_videos == "skip"
+        if skipped and (self.strict or not usable):
             longest = max(self.too_short, key=lambda entry: entry.num_frames)
             count = f"{len(self.too_short):,} of {len(usable) + len(self.too_short):,}"
             raise ValueError(
-                f"{count} videos of {self.name} are too short: {needs} frames, and the longest of them, "
-                f"{longest.path}, has {longest.num_frames}. Use a smaller dataset.num_frames or "
-                f"dataset.frame_stride" + (", or dataset.strict=false to skip them" if usable else "")
+                f"{count} videos of {self.name} are too short: {needs}, and the longest of them, "
+                f"{longest.path}, has {self.sampling.num_ticks(longest)}. Use a smaller dataset.num_frames "
+                "or dataset.frame_stride, or dataset.short_videos=pad or loop"
+                + (", or dataset.strict=false to skip them" if usable else "")
             )
         if not usable:
             broken = f" ({len(self.broken)} are broken: {self._broken_names()})" if self.broken else ""
@@ -298,17 +423,40 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return len(self.entries)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        index = self._order.item(position)
-        for attempt in range(NUM_ATTEMPTS):
-            generator = clip_generator(self.seed, position, f"clip {attempt}")
-            where, flip, other = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-            entry = self.entries[index]
-            start = int(where * (entry.num_frames - self.span + 1))
+        return self.__getitems__([position])[0]
+
+    def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        """The clips at some positions; those of one visit to a video are read in one pass."""
+        visits = groupby(positions, key=lambda position: position // self.clips_per_opening)
+        return [clip for visit, members in visits for clip in self._visit(visit, list(members))]
+
+    def _visit(self, visit: int, positions: Sequence[int]) -> list[dict[str, Any]]:
+        entry = self.entries[self._order.item(visit)]
+        places = [self._place(entry, position) for position in positions]
+        try:
+            clips = self._read(entry, places)
+        except VideoError as error:
+            self._note_broken(error)
+            return [self._replaced(position) for position in positions]
+        labelled = zip(clips, positions, strict=True)
+        return [{"frames": frames, "label": entry.label, "position": at} for frames, at in labelled]
+
+    def _place(self, entry: VideoEntry, position: int, attempt: int = 0) -> "_Place":
+        generator = clip_generator(self.seed, position, f"clip {attempt}")
+        where, flip, _, x, y = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
+        place = _Place(self.sampling.start(entry, where), self.horizontal_flip and flip < 0.5)
+        return replace(place, x=x, y=y) if self.resize.mode == "random_crop" else place
+
+    def _replaced(self, position: int) -> dict[str, Any]:
+        """A clip of another video, which is a function of (seed, position, attempt)."""
+        for attempt in range(1, NUM_ATTEMPTS):
+            generator = clip_generator(self.seed, position, f"clip {attempt - 1}")
+            other = torch.rand(3, generator=generator, dtype=torch.float64).tolist()[2]
+            entry = self.entries[int(other * len(self.entries))]
             try:
-                frames = self._read(entry, start, self.horizontal_flip and flip < 0.5)
+                (frames,) = self._read(entry, [self._place(entry, position, attempt)])
             except VideoError as error:
                 self._note_broken(error)
-                index = int(other * len(self.entries))
                 continue
             return {"frames": frames, "label": entry.label, "position": position}
         raise VideoError(
@@ -317,14 +465,19 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     def describe(self, position: int) -> str:
         """Name the video at a position, for messages."""
-        return self.entries[self._order.item(position)].path
+        return self.entries[self._order.item(position // self.clips_per_opening)].path
+
+    def position(self, index: int, epoch: int) -> int:
+        """The first position in an epoch at which a clip of video ``index`` stands."""
+        return self._order.position(index, epoch) * self.clips_per_opening
 
     def held_out(self, index: int) -> dict[str, Any]:
         """Give the clip from the middle of video ``index``, unflipped; if it is broken, the next video's."""
         for attempt in range(NUM_ATTEMPTS):
             entry = self.entries[(index + attempt) % len(self.entries)]
             try:
-                frames = self._read(entry, (entry.num_frames - self.span) // 2, flip=False)
+                room = max(0, self.sampling.num_ticks(entry) - self.sampling.span)
+                (frames,) = self._read(entry, [_Place(room // 2, flip=False)])
             except VideoError as error:
                 self._note_broken(error)
                 continue
@@ -335,12 +488,14 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     @property
     def fps(self) -> float:
-        """The clips' frame rate: the videos' median rate over the stride."""
+        """The clips' frame rate: the one asked for, or the videos' median rate over the stride."""
+        if self.sampling.fps is not None:
+            return self.sampling.fps
         return statistics.median(entry.fps for entry in self.entries) / self.frame_stride
 
     @property
     def fingerprint(self) -> str:
-        """Identify the content by names, sizes and frame counts: equal for a copy at another place."""
+        """Identify the content by names, files' contents and frame counts: equal for a copy elsewhere."""
         return self._digest(self.entries, [])
 
     def summary(self) -> str:
@@ -350,13 +505,21 @@ class ClipDataset(Dataset[dict[str, Any]]):
         if self.classes:
             parts.append(f"{len(self.classes)} classes")
         parts.append(f"{height}x{width}")
-        parts.append(f"clips of {self.num_frames} frames at stride {self.frame_stride} ({self.fps:g} fps)")
+        parts.append(f"clips of {self.num_frames} frames {self._pace()} ({self.fps:g} fps)")
         if self.too_short:
             names = _named(f"{Path(e.path).name}: {e.num_frames} frames" for e in self.too_short)
-            parts.append(f"{len(self.too_short):,} skipped as too short ({names})")
+            fate = {"skip": "skipped as too short", "pad": "padded", "loop": "looped"}
+            parts.append(f"{len(self.too_short):,} {fate[self.sampling.short_videos]} ({names})")
+        slower = sum(entry.fps < 0.99 * (self.sampling.fps or 0) for entry in self.entries)
+        if slower:
+            parts.append(f"{slower:,} slower than dataset.fps, whose frames are repeated")
         if self.broken:
             parts.append(f"{len(self.broken):,} skipped as broken ({self._broken_names()})")
         return f"{self.name}: " + ", ".join(parts)
+
+    def _pace(self) -> str:
+        fps = self.sampling.fps
+        return f"at stride {self.frame_stride}" if fps is None else f"at {fps:g} frames per second"
 
     def _broken_names(self) -> str:
         return _named(f"{Path(path).name}: {reason}" for path, reason in self.broken.items())
@@ -368,26 +531,41 @@ class ClipDataset(Dataset[dict[str, Any]]):
             self.broken[error.path] = error.reason
             warnings.warn(f"{error}; another is taken instead", stacklevel=3)
 
-    def _read(self, entry: VideoEntry, start: int, flip: bool) -> torch.Tensor:
+    def _read(self, entry: VideoEntry, places: Sequence["_Place"]) -> list[torch.Tensor]:
+        """Clips of one video, from one pass over it unless each is cropped elsewhere."""
+        if len(places) > 1 and self.resize.mode == "random_crop":
+            return [clip for place in places for clip in self._read(entry, [place])]
+        rows = [self.sampling.ticks(entry, place.start) for place in places]
         if self._cache_file is not None:
             if self._pixels is None:
                 self._pixels = np.memmap(self._cache_file, np.uint8, mode="r").reshape(
                     -1, *self.resolution, 3
                 )
-            first = self._offsets[entry.path] + start
-            frames = self._pixels[first : first + self.span : self.frame_stride]
+            first = self._offsets[entry.path]
+            clips = [self._pixels[[first + tick for tick in ticks]] for ticks in rows]
         else:
-            rate = entry.fps if entry.variable_rate else None
-            frames = read_clip(
-                entry.path,
-                start,
-                self.num_frames,
-                self.frame_stride,
-                at_fps=rate,
-                resize=self.resize,
+            numbers = [[self.sampling.frame_at(entry, tick) for tick in ticks] for ticks in rows]
+            wanted = sorted({number for row in numbers for number in row})
+            frames = read_frames(
+                self._source(entry),
+                wanted,
+                at_fps=self.sampling.rate_of(entry),
+                resize=self.resize.at(places[0].x, places[0].y),
                 seek_points=entry.seek_points,
             )
-        return torch.from_numpy(np.array(frames[:, :, ::-1] if flip else frames))
+            row_of = {number: row for row, number in enumerate(wanted)}
+            clips = [frames[[row_of[number] for number in row]] for row in numbers]
+        return [
+            torch.from_numpy(np.ascontiguousarray(clip[:, :, ::-1]) if place.flip else clip)
+            for clip, place in zip(clips, places, strict=True)
+        ]
+
+    def _source(self, entry: VideoEntry) -> VideoPath:
+        if entry.packed is None:
+            return entry.path
+        if self._fetch is None:
+            return entry.packed
+        return replace(entry.packed, archive=self._fetch(entry.packed.archive))
 
     def __getstate__(self) -> dict[str, Any]:
         # A loader's worker maps the file itself; pickling the map would copy all of it.
@@ -399,17 +577,18 @@ class ClipDataset(Dataset[dict[str, Any]]):
         digest = hashlib.sha256(repr(more).encode())
         for entry in entries:
             name = Path(os.path.relpath(entry.path, root)).as_posix()
-            digest.update(f"{name}\0{entry.num_bytes}\0{entry.num_frames}\n".encode(errors="surrogateescape"))
+            content = entry.sha256 or entry.num_bytes
+            digest.update(f"{name}\0{content}\0{entry.num_frames}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def _open_cache(self, folder: Path, entries: Sequence[VideoEntry]) -> list[VideoEntry]:
         """Find or make the cache; returns the entries that it holds, which are all but those found broken."""
         height, width = self.resolution
-        stamps = [_stamp(Path(entry.path)) for entry in entries]
-        key = self._digest(entries, [self.resolution, self.resize.mode, stamps])[:24]
+        stamps = [_stamp(Path(entry.packed.archive if entry.packed else entry.path)) for entry in entries]
+        key = self._digest(entries, [self.resolution, self.resize.mode, self.sampling.fps, stamps])[:24]
         stem = f"{height}x{width}-{self.resize.mode}-{key}"
         pixels, index = folder / f"{stem}.uint8", folder / f"{stem}.json"
-        counts = [entry.num_frames for entry in entries]
+        counts = [self.sampling.num_ticks(entry) for entry in entries]
         offsets = list(accumulate(counts, initial=0))
         num_bytes = offsets.pop() * height * width * 3
         with exclusive(folder / f".{stem}.lock"):
@@ -443,19 +622,23 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
             def decode(job: tuple[VideoEntry, int]) -> VideoError | None:
                 entry, offset = job
-                count = 0
+                expected = self.sampling.num_ticks(entry)
+                tick = 0
                 try:
-                    rate = entry.fps if entry.variable_rate else None
-                    for frame in islice(iterate_frames(entry.path, at_fps=rate), entry.num_frames):
-                        os.pwrite(file, self.resize(frame).tobytes(), (offset + count) * frame_bytes)
-                        count += 1
+                    numbered = enumerate(
+                        iterate_frames(self._source(entry), at_fps=self.sampling.rate_of(entry))
+                    )
+                    for number, frame in numbered:
+                        resized = None
+                        while tick < expected and self.sampling.frame_at(entry, tick) == number:
+                            resized = self.resize(frame).tobytes() if resized is None else resized
+                            os.pwrite(file, resized, (offset + tick) * frame_bytes)
+                            tick += 1
+                        if tick == expected:
+                            return None
                 except VideoError as error:
                     return error
-                if count < entry.num_frames:
-                    return VideoError(
-                        entry.path, f"it has {count} frames, and the index says {entry.num_frames}"
-                    )
-                return None
+                return VideoError(entry.path, f"it ends after {tick} of the {expected} frames in the index")
 
             jobs = list(zip(entries, offsets, strict=True))
             description = f"caching videos at {self.resolution[0]}x{self.resolution[1]}"

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from .clips import ClipDataset, find_videos, list_videos
+from .clips import ClipDataset, Sampling, find_videos, list_videos
 
 SPLITS = ("train", "test", "all")
 
@@ -62,9 +62,12 @@ def folder(
     test_fraction: float,
     num_frames: int,
     frame_stride: int,
+    fps: float | None,
     resolution: int | tuple[int, int],
     crop: str,
     horizontal_flip: bool,
+    short_videos: str,
+    clips_per_opening: int,
     seed: int,
     cache: str | None,
     strict: bool,
@@ -90,14 +93,16 @@ def folder(
         chosen = [name for name in names if split in ("all", name.split("/", 1)[0])]
     else:
         # Only videos that can be used are divided: a broken one must not be all that a split gets.
-        span = (num_frames - 1) * frame_stride + 1
-        long_enough = {entry.path for entry in found.entries if entry.num_frames >= span}
+        sampling = Sampling(num_frames, frame_stride, fps, short_videos)
+        skips = short_videos == "skip"
+        long_enough = {entry.path for entry in found.entries if not (skips and sampling.is_short(entry))}
         usable = [name for name in names if str(Path(str(root)) / name) in long_enough]
         kept = split_by_name(usable, test_fraction, split)
         if usable and not kept:
             raise ValueError(
-                f"the split {split!r} of {root} is empty: the folder holds {len(usable)} videos of {span} "
-                f"frames or more, and dataset.test_fraction is {test_fraction:g}. Change it or add videos"
+                f"the split {split!r} of {root} is empty: the folder holds {len(usable)} videos of "
+                f"{sampling.span} frames or more, and dataset.test_fraction is {test_fraction:g}. Change it "
+                "or add videos"
             )
         elsewhere = set(usable) - set(kept)
         chosen = [name for name in names if name not in elsewhere]  # unusable ones are told in every split
@@ -107,9 +112,12 @@ def folder(
         found.classes,
         num_frames=num_frames,
         frame_stride=frame_stride,
+        fps=fps,
         resolution=resolution,
         crop=crop,
         horizontal_flip=horizontal_flip,
+        short_videos=short_videos,
+        clips_per_opening=clips_per_opening,
         seed=seed,
         cache=cache,
         strict=strict,

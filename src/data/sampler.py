@@ -9,7 +9,7 @@ import atexit
 import hashlib
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -85,30 +85,61 @@ def randint_per_clip(
     return torch.stack(draws).to(device)
 
 
-def epoch_order(num_items: int, seed: int, epoch: int) -> list[int]:
-    """Give the order in which an epoch visits its items: a permutation fixed by (seed, epoch)."""
-    return torch.randperm(num_items, generator=clip_generator(seed, epoch, "order")).tolist()
+# So many archives are mixed at a time, where items lie in archives that have to be fetched.
+GROUPS_AT_ONCE = 8
+
+
+def epoch_order(num_items: int, seed: int, epoch: int, groups: Sequence[Hashable] | None = None) -> list[int]:
+    """Give the order in which an epoch visits its items: a permutation fixed by (seed, epoch).
+
+    With ``groups``, one for each item, items of a few groups at a time are mixed, group after group in a
+    random order: who reads along needs few of them at once.
+    """
+    generator = clip_generator(seed, epoch, "order")
+    if groups is None:
+        return torch.randperm(num_items, generator=generator).tolist()
+    members: dict[Hashable, list[int]] = {}
+    for item, group in enumerate(groups):
+        members.setdefault(group, []).append(item)
+    chosen = list(members.values())
+    shuffled = [chosen[i] for i in torch.randperm(len(chosen), generator=generator).tolist()]
+    order = []
+    for begin in range(0, len(shuffled), GROUPS_AT_ONCE):
+        mixed = [item for group in shuffled[begin : begin + GROUPS_AT_ONCE] for item in group]
+        order += [mixed[i] for i in torch.randperm(len(mixed), generator=generator).tolist()]
+    return order
 
 
 class EndlessOrder:
-    """The endless data order: epoch after epoch, each a fresh permutation of all items."""
+    """The endless data order: epoch after epoch, each a fresh permutation of all items (`epoch_order`)."""
 
-    def __init__(self, num_items: int, seed: int) -> None:
+    def __init__(self, num_items: int, seed: int, groups: Sequence[Hashable] | None = None) -> None:
         self.num_items = num_items
         self.seed = seed
+        self.groups = groups
         # Accumulation and several workers touch at most two neighbouring epochs at a time.
         self._orders: dict[int, list[int]] = {}
+        self._places: dict[int, list[int]] = {}
 
     def item(self, position: int) -> int:
         """Tell which item stands at ``position`` (0, 1, 2, … without end)."""
         if position < 0:
             raise IndexError(f"positions count from 0, got {position}")
         epoch, place = divmod(position, self.num_items)
+        return self._order(epoch)[place]
+
+    def position(self, item: int, epoch: int) -> int:
+        """Tell where an item stands in an epoch: the inverse of `item`."""
+        if epoch not in self._places:
+            self._places = {epoch: torch.tensor(self._order(epoch)).argsort().tolist()}
+        return epoch * self.num_items + self._places[epoch][item]
+
+    def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
             while len(self._orders) >= 2:
                 self._orders.pop(min(self._orders))
-            self._orders[epoch] = epoch_order(self.num_items, self.seed, epoch)
-        return self._orders[epoch][place]
+            self._orders[epoch] = epoch_order(self.num_items, self.seed, epoch, self.groups)
+        return self._orders[epoch]
 
 
 class PositionSampler(Sampler[list[int]]):

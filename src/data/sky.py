@@ -1,6 +1,9 @@
 """Sky Time-lapse: clips of moving clouds, 640x360 (Xiong et al., CVPR 2018)."""
 
-from .clips import ClipDataset, find_videos
+from pathlib import PurePosixPath
+
+from .clips import ClipDataset, FoundVideos, find_videos
+from .counts import Count
 from .folder import check_split, require_videos
 
 SUBSETS = ("split", "all")
@@ -22,9 +25,12 @@ def sky(
     subset: str,
     num_frames: int,
     frame_stride: int,
+    fps: float | None,
     resolution: int | tuple[int, int],
     crop: str,
     horizontal_flip: bool,
+    short_videos: str,
+    clips_per_opening: int,
     seed: int,
     cache: str | None,
     strict: bool,
@@ -52,12 +58,35 @@ def sky(
         found.classes,
         num_frames=num_frames,
         frame_stride=frame_stride,
+        fps=fps,
         resolution=resolution,
         crop=crop,
         horizontal_flip=horizontal_flip,
+        short_videos=short_videos,
+        clips_per_opening=clips_per_opening,
         seed=seed,
         cache=cache,
         strict=strict,
         name=f"Sky Time-lapse, {subset}, {split}",
         broken=found.broken,
+        counts=_counts(found, parts),
     )
+
+
+# Long videos, short videos that were cut out of them, and clips of 32 frames that these divide into.
+SIZES = {"sky_train": (997, 2_392, 35_383), "sky_test": (111, 225, 2_815)}
+
+
+def _counts(found: FoundVideos, parts: tuple[str, ...]) -> list[Count]:
+    counts = []
+    for part in parts:
+        entries = [entry for entry in found.entries if part in PurePosixPath(entry.path).parts]
+        long = {PurePosixPath(entry.path).parent for entry in entries}
+        clips = sum(entry.num_frames // 32 for entry in entries)
+        numbers = zip((len(long), len(entries), clips), SIZES[part], strict=True)
+        units = ("long videos", "short videos", "clips of 32 frames")
+        for unit, (here, expected) in zip(units, numbers, strict=True):
+            source = "the readme in the archive"
+            remark = "broken and very short ones are not counted" if unit != "long videos" else ""
+            counts.append(Count(f"{unit} in {part}", here, expected, source, remark))
+    return counts

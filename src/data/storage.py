@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Iterator
@@ -21,11 +22,16 @@ def cache_home() -> Path:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a path to write to; what is there at the end gets the name ``path``, after an error it is gone."""
+    """Give a path to write to; what is there at the end gets the name ``path``, after an error it is gone.
+
+    It has the name only once it is on the disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -95,6 +101,32 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+@contextmanager
+def held(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file ``path`` while this process works; nobody waits for it.
+
+    Raises:
+        ValueError: if another process holds it, which the message ``busy`` tells, and who it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        if sys.platform != "win32":
+            import fcntl
+
+            # A lock that children don't inherit: it ends with this process, however that ends.
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                file.seek(0)
+                raise ValueError(f"{busy} ({file.read().strip() or 'another process'})") from error
+            except OSError:  # some network file systems know no locks
+                pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 @contextmanager

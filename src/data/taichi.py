@@ -1,6 +1,9 @@
 """Taichi-HD: people doing Tai chi, cropped to squares (Siarohin et al., NeurIPS 2019)."""
 
+from pathlib import PurePosixPath
+
 from .clips import ClipDataset, find_videos
+from .counts import Count
 from .folder import check_split, require_videos
 
 SUBSETS = ("all", "split")
@@ -22,9 +25,12 @@ def taichi(
     subset: str,
     num_frames: int,
     frame_stride: int,
+    fps: float | None,
     resolution: int | tuple[int, int],
     crop: str,
     horizontal_flip: bool,
+    short_videos: str,
+    clips_per_opening: int,
     seed: int,
     cache: str | None,
     strict: bool,
@@ -52,12 +58,33 @@ def taichi(
         found.classes,
         num_frames=num_frames,
         frame_stride=frame_stride,
+        fps=fps,
         resolution=resolution,
         crop=crop,
         horizontal_flip=horizontal_flip,
+        short_videos=short_videos,
+        clips_per_opening=clips_per_opening,
         seed=seed,
         cache=cache,
         strict=strict,
         name=f"Taichi-HD, {subset}, {split}",
         broken=found.broken,
+        counts=_counts(chosen, parts),
     )
+
+
+# Pieces of YouTube's videos, of 128 to 1,024 frames.
+SIZES = {"train": 3_049, "test": 285}
+
+
+def _counts(names: list[str], parts: tuple[str, ...]) -> list[Count]:
+    return [
+        Count(
+            f"videos in {part}",
+            sum(part in PurePosixPath(name).parts[:-1] for name in names),
+            SIZES[part],
+            "Siarohin et al. 2019",
+            "some are on YouTube no more",
+        )
+        for part in parts
+    ]

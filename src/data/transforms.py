@@ -1,5 +1,6 @@
 """Frames (uint8, as files hold them) to video (float, as networks see it), and back."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,10 +46,11 @@ class Resize:
     """Bring a frame uint8 ``h w c`` to one size, bilinear with antialiasing.
 
     ``center_crop`` keeps the aspect ratio and takes the largest centred region of the target's shape;
-    ``squash`` stretches the whole frame (as the released LVDM data code does for UCF-101 and Taichi-HD).
+    ``random_crop`` takes a region of that size at another ``place``; ``squash`` stretches the whole frame (as
+    the released LVDM data code does for UCF-101 and Taichi-HD).
     """
 
-    MODES = ("center_crop", "squash")
+    MODES = ("center_crop", "random_crop", "squash")
 
     def __init__(self, resolution: int | tuple[int, int], mode: str = "center_crop") -> None:
         if mode not in self.MODES:
@@ -56,15 +58,20 @@ class Resize:
         self.height, self.width = as_size(resolution)
         self.mode = mode
 
-    def __call__(self, frame: Frames) -> Frames:
+    def at(self, x: float, y: float) -> Callable[[Frames], Frames]:
+        """The same with the crop at a share x of the way from left to right, y from top to bottom."""
+        return lambda frame: self(frame, (x, y))
+
+    def __call__(self, frame: Frames, place: tuple[float, float] = (0.5, 0.5)) -> Frames:
+        """Maps ``h w c`` to the target's size, cropped at a place, each in [0, 1] from the upper left."""
         height, width = frame.shape[:2]
         if (height, width) == (self.height, self.width):
             return frame
         crop_height, crop_width = float(height), float(width)
-        if self.mode == "center_crop":
+        if self.mode != "squash":
             scale = min(height / self.height, width / self.width)
             crop_height, crop_width = self.height * scale, self.width * scale
-        left, top = (width - crop_width) / 2, (height - crop_height) / 2
+        left, top = (width - crop_width) * place[0], (height - crop_height) * place[1]
         box = (left, top, min(left + crop_width, width), min(top + crop_height, height))
         resized = Image.fromarray(frame).resize((self.width, self.height), Image.Resampling.BILINEAR, box=box)
         return np.asarray(resized)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from .clips import ClipDataset, find_videos
+from .counts import Count, named, refuse_twice
 from .folder import check_split, require_videos
 
 SUBSETS = ("all", "split1", "split2", "split3")
@@ -26,12 +27,17 @@ def class_of(name: str) -> str:
     return match.group(1) if match else ""
 
 
-def _official_list(root: str, kind: str, number: str) -> set[str]:
-    """Read the names (without extension) in trainlist01.txt or its kin, from anywhere under the root."""
+SOURCE = "Soomro et al. 2012"
+# Videos for training and for testing in the three official splits.
+SPLIT_SIZES = {"1": (9_537, 3_783), "2": (9_586, 3_734), "3": (9_624, 3_696)}
+
+
+def _official_list(root: str, kind: str, number: str) -> set[str] | None:
+    """Read the names (without extension) in trainlist01.txt or its kin, from under the root; None without."""
     file_name = f"{kind}list0{number}.txt"
-    found = sorted(Path(root).rglob(file_name))
+    found = [path for depth in ("", "*/", "*/*/") for path in sorted(Path(root).glob(depth + file_name))]
     if not found:
-        raise FileNotFoundError(f"no {file_name} under {root}.\n{HINT}\nOr use dataset.subset=all.")
+        return None
     lines = found[0].read_text(encoding="utf-8").splitlines()
     return {PurePosixPath(line.split()[0]).stem for line in lines if line.strip()}
 
@@ -43,9 +49,12 @@ def ucf101(
     subset: str,
     num_frames: int,
     frame_stride: int,
+    fps: float | None,
     resolution: int | tuple[int, int],
     crop: str,
     horizontal_flip: bool,
+    short_videos: str,
+    clips_per_opening: int,
     seed: int,
     cache: str | None,
     strict: bool,
@@ -64,9 +73,14 @@ def ucf101(
     names = [name for name in require_videos(root, "UCF-101", HINT) if class_of(name)]
     if not names:
         raise FileNotFoundError(f"no UCF-101: no video under {root} is named v_<Class>_gXX_cYY.\n{HINT}")
+    refuse_twice(names, str(root))
     chosen = names
     if subset != "all" and split != "all":
         listed = _official_list(str(root), split, subset[-1])
+        if listed is None:
+            raise FileNotFoundError(
+                f"no {split}list0{subset[-1]}.txt under {root}.\n{HINT}\nOr use dataset.subset=all."
+            )
         chosen = [name for name in names if PurePosixPath(name).stem in listed]
         if not chosen:
             raise ValueError(
@@ -79,12 +93,41 @@ def ucf101(
         found.classes,
         num_frames=num_frames,
         frame_stride=frame_stride,
+        fps=fps,
         resolution=resolution,
         crop=crop,
         horizontal_flip=horizontal_flip,
+        short_videos=short_videos,
+        clips_per_opening=clips_per_opening,
         seed=seed,
         cache=cache,
         strict=strict,
         name=f"UCF-101, {subset}, {split}",
         broken=found.broken,
+        counts=_counts(str(root), names),
     )
+
+
+def _counts(root: str, names: list[str]) -> list[Count]:
+    """The whole data set, and each official split whose lists are there."""
+    here = {PurePosixPath(name).stem for name in names}
+    lists = {
+        (kind, number): _official_list(root, kind, number)
+        for number in SPLIT_SIZES
+        for kind in ("train", "test")
+    }
+    known = (lists["train", "1"] or set()) | (lists["test", "1"] or set())
+    missing = f"missing {named(known - here)}" if known - here else ""
+    counts = [
+        Count("videos", len(names), 13_320, SOURCE, missing),
+        Count("classes", len({class_of(name) for name in names}), 101, SOURCE),
+    ]
+    for (kind, number), listed in lists.items():
+        if listed is not None:
+            expected = SPLIT_SIZES[number][kind == "test"]
+            what = f"{kind}ing videos of split {number}"
+            remark = f"missing {named(listed - here)}" if listed - here else ""
+            counts.append(
+                Count(what, len(listed & here), expected, f"official {kind}list0{number}.txt", remark)
+            )
+    return counts

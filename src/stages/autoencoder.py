@@ -55,6 +55,7 @@ class AutoencoderStage:
     """
 
     exported = "autoencoder"
+    measured: tuple[str, ...]
     higher_is_better = ("psnr", "ssim")
 
     def __init__(
@@ -85,6 +86,11 @@ class AutoencoderStage:
         if discriminator is not None:
             self.modules["discriminator"] = discriminator
         self.perceptual = perceptual
+        parts = ["pixel", "kl"]
+        if perceptual is not None:
+            parts.append("perceptual")
+        self.measured = ("psnr", "ssim", "contrast_ratio", "motion_ratio", *parts[2:])
+        self.measured += tuple(f"gradient_norm_of/{part}" for part in parts)
         self.pixel_error = F.mse_loss if pixel_loss == "mse" else F.l1_loss
         self.perceptual_weight = perceptual_weight
         self.adversarial_weight = adversarial_weight

@@ -46,6 +46,7 @@ class DiffusionStage:
     """
 
     exported = "unet"
+    measured: tuple[str, ...]
     higher_is_better: tuple[str, ...] = ()
 
     def __init__(
@@ -72,6 +73,8 @@ class DiffusionStage:
                 "conditioning=prediction, interpolation or any, or stage.given_frames_in_loss=false"
             )
         self.modules: dict[str, nn.Module] = {"unet": unet}
+        self.times = [int(parameterization.num_timesteps * part) for part in (0.125, 0.375, 0.625, 0.875)]
+        self.measured = ("loss", *(f"loss_at_{time}" for time in self.times))
         self.running: dict[str, Tensor] = {}
         self.autoencoder = autoencoder.requires_grad_(False).eval()
         self.parameterization = parameterization
@@ -165,15 +168,14 @@ class DiffusionStage:
     @torch.no_grad()
     def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
         """Denoising loss on held-out clips at four fixed times, with nothing given, and their mean."""
-        times = [int(self.parameterization.num_timesteps * part) for part in (0.125, 0.375, 0.625, 0.875)]
         denoiser = denoiser_of(modules["unet"])
-        sums, count = torch.zeros(len(times), dtype=torch.float64), 0
+        sums, count = torch.zeros(len(self.times), dtype=torch.float64), 0
         for batch in batches:
             latents = self.latents(batch)
             condition = self._condition(latents, batch)[0].dropped()
             if self.has_labels:
                 condition = Condition(condition.frames, batch.label.to(latents.device))
-            for i, time in enumerate(times):
+            for i, time in enumerate(self.times):
                 noise = randn_per_clip(
                     latents.shape[1:], self.seed, batch.positions, f"evaluation {i}", latents.device
                 )
@@ -185,7 +187,7 @@ class DiffusionStage:
             count += len(latents)
         means = (sums / max(count, 1)).tolist()
         return {"loss": sum(means) / len(means)} | {
-            f"loss_at_{time}": mean for time, mean in zip(times, means, strict=True)
+            f"loss_at_{time}": mean for time, mean in zip(self.times, means, strict=True)
         }
 
     def finish(self, modules: Modules, batches: Iterable[Batch]) -> None:

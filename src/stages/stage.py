@@ -40,6 +40,9 @@ class Stage(Protocol):
     exported: str
     """Name of the module that a model folder holds."""
 
+    measured: tuple[str, ...]
+    """Names of the numbers that `evaluate` gives."""
+
     higher_is_better: tuple[str, ...]
     """Of the numbers that `evaluate` gives; of all others less is better."""
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 from ..data.storage import atomic_folder, load_tensors, save_tensors, write_json
 from .sharding import spread_like, whole, whole_weights
 
+# Copies that somebody has put beside the states don't count.
+STATE_NAME = re.compile(r"step_\d{9}")
 FILES = ("modules.safetensors", "averages.safetensors", "optimizers.safetensors", "running.safetensors")
 
 
@@ -70,27 +74,49 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0, write: bool
     return target
 
 
+def note_progress(folder: Path, state: State) -> None:
+    """Writes the progress anew into the newest state, whose tensors stay as they are."""
+    path = list_states(folder)[-1] / "state.json"
+    description = json.loads(path.read_text(encoding="utf-8")) | {"progress": state.progress}
+    del description["checksum"]
+    write_json(path, description | {"checksum": _checksum(description)})
+
+
 def list_states(folder: Path) -> list[Path]:
     """Complete states, the oldest first."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir())
+    named = (path for path in folder.glob("step_*") if STATE_NAME.fullmatch(path.name))
+    return sorted(path for path in named if path.is_dir())
 
 
 def load_latest(folder: Path, state: State, report: Any = print) -> bool:
     """Fills ``state`` from the newest sound state; says whether there was one.
 
     A damaged state (a file missing or not matching its checksum) is reported, and removed once an earlier one
-    is found to be sound.
+    is found to be sound. So are the remains of one that a killed process was writing.
 
     Raises:
         ValueError: if a sound state belongs to other modules, or if none is sound.
+        OSError: if the newest state can't be read; it stays.
     """
+    for part in folder.glob(".step_*.part"):
+        whole = folder / part.name.removeprefix(".").removesuffix(".old.part")
+        if part.name.endswith(".old.part") and not whole.exists():
+            os.replace(part, whole)  # set aside for one of the same step, which never came
+        else:
+            report(f"{part} was being written when its process ended; it is removed")
+            shutil.rmtree(part, ignore_errors=True)
     damaged: list[tuple[Path, Exception]] = []
     for path in reversed(list_states(folder)):
         try:
             description = _read_description(path)
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
             damaged.append((path, error))
             continue
+        except OSError as error:
+            raise OSError(
+                f"can't read the state {path}: {error}. It may be sound, and stays: try again, or move it "
+                "away to go on from an earlier one"
+            ) from error
         for torn, reason in damaged:
             report(f"state {torn} is damaged ({reason}); it is removed and {path.name} is used")
             shutil.rmtree(torn, ignore_errors=True)

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
@@ -57,6 +59,7 @@ def make_accelerator(
         precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     refuse_broken_launch()
+    end_with_launcher()
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(
             f"train.batch_size={batch_size} is the global batch and must be a multiple of the "
@@ -106,24 +109,68 @@ def refuse_broken_launch() -> None:
             without a word), or its config asks for another way of sharding than this loop's.
     """
     for flag, what in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(flag, "false").lower() in ("1", "true"):
+        if os.environ.get(flag, "false").lower() in ("1", "true", "t", "yes", "y", "on"):
             raise ValueError(
                 f"accelerate's config asks for {what}; here machine=fsdp shards a model over processes, with "
                 "the same numbers and states as without. Launch without it, and add machine=fsdp"
             )
+    if "WORLD_SIZE" in os.environ:
+        return
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks.isdigit() and int(tasks) > 1:
+        raise ValueError(
+            f"srun started {tasks} tasks, which know nothing of each other and would all train the same run; "
+            "use one task a node, and in it torchrun --nproc_per_node N -m src.train … (docs/cluster.md)"
+        )
     try:
         command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
     except OSError:  # not Linux
         return
-    told = [
-        value for key, value in itertools.pairwise(command) if key in ("--num_processes", "--num-processes")
-    ]
-    launches = "launch" in command and any(Path(part).name == "accelerate" for part in command)
-    if launches and told and told[0].isdigit() and int(told[0]) > 1 and "WORLD_SIZE" not in os.environ:
+    told = told_processes(command)
+    if told > 1:
         raise ValueError(
-            f"accelerate launch was told {told[0]} processes and started one, as it does on CPUs; use "
-            f"torchrun --standalone --nproc_per_node {told[0]} -m src.train …"
+            f"accelerate launch was told {told} processes and started one, as it does on CPUs; use "
+            f"torchrun --standalone --nproc_per_node {told} -m src.train …"
         )
+
+
+def told_processes(command: list[str]) -> int:
+    """How many processes the command line of ``accelerate launch`` asks for; 1 for any other command."""
+    names = [Path(part).name for part in command]
+    where = next((i for i, name in enumerate(names) if name.startswith("accelerate")), len(names))
+    if names[where : where + 1] in (["accelerate-launch"], ["accelerate.commands.launch"]):
+        start = where
+    elif names[where + 1 : where + 2] == ["launch"]:
+        start = where + 1
+    else:
+        return 1
+    options: dict[str, str] = {}
+    for part, after in itertools.pairwise([*command[start + 1 :], ""]):
+        if not part.startswith("--"):
+            continue
+        key, _, value = part.lstrip("-").partition("=")
+        options.setdefault(key.replace("-", "_"), value or after)
+    said = options.get("num_processes")
+    if said is None:
+        from accelerate.commands.config.config_args import default_config_file
+
+        try:
+            config = yaml.safe_load(Path(options.get("config_file", default_config_file)).read_text())
+            said = str(config.get("num_processes", 1))
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            return 1
+    return int(said) if said.isdigit() else 1
+
+
+def end_with_launcher() -> None:
+    """Lets a launcher's end, however it comes, ask this process to stop: no orphan goes on training.
+
+    On Linux the process gets SIGTERM when ``torchrun`` ends (also of a signal that it doesn't hand on), and
+    so saves and stops.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        set_signal_at_parents_death = 1  # PR_SET_PDEATHSIG of prctl.h
+        ctypes.CDLL(None).prctl(set_signal_at_parents_death, signal.SIGTERM)
 
 
 def leave(status: int) -> None:

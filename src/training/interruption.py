@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections import deque
+from contextlib import AbstractContextManager, ExitStack
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -32,6 +33,11 @@ class StopRequests:
         self.name = "another process"
         self._previous: dict[int, Any] = {}
         self._flags: deque[tuple[torch.Tensor, Any]] = deque()
+        self._held = ExitStack()
+
+    def until_the_end(self, resource: AbstractContextManager[Any]) -> None:
+        """Enters something that is left when the run ends, however it ends."""
+        self._held.enter_context(resource)
 
     def __enter__(self) -> Self:
         """Starts listening; only the main thread may, and elsewhere nothing is changed."""
@@ -46,6 +52,7 @@ class StopRequests:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stops listening. What had listened before (a launcher that requeues the job) gets its turn."""
+        self._held.close()
         for number, previous in self._previous.items():
             signal.signal(number, signal.SIG_DFL if previous is None else previous)
         before = self._previous.get(self.received or 0)

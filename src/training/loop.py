@@ -21,7 +21,7 @@ from .console import Console
 from .ema import Averages
 from .interruption import Interrupted, StopRequests
 from .learning_rate import learning_rate_factor
-from .numbers import Pending
+from .numbers import REMEDY, NonFiniteError, Pending
 from .sharding import is_sharded, synchronize, whole, whole_weights
 from .tracker import Tracker
 
@@ -40,7 +40,7 @@ class LoopSettings:
         log_every: rows of numbers.
         preview_every: videos to look at.
         evaluate_every: numbers on held-out clips.
-        save_every: training state, and the model folder with it.
+        save_every: training state.
         snapshot_every: averages from which others can be reconstructed, if they are of that kind.
         keep_states: how many of the last states stay.
         keep_every: states of these steps stay, too.
@@ -91,7 +91,8 @@ def train(
     folder: Path,
     resume: Resume,
     batch_size: int,
-    tracker: Callable[[int], Tracker],
+    model_step: Callable[[], int | None],
+    tracker: Callable[[int, bool], Tracker],
     record: Callable[[int, float], None],
     requests: StopRequests,
     seed: int,
@@ -115,7 +116,9 @@ def train(
         resume: whether to go on from the folder's last state: ``auto`` (if there is one), ``must`` or
             ``never``.
         batch_size: clips of one step, over all processes.
-        tracker: makes what numbers and videos are handed to, from a step on; called on the main process.
+        model_step: tells of which step the model folder is that is there; None without one.
+        tracker: makes what numbers and videos are handed to, from a step on, and whether that step has been
+            measured on held-out clips; called on the main process.
         record: told step and seconds of training at the start and whenever a state is saved; called on the
             main process.
         requests: to stop; it listens already.
@@ -131,6 +134,11 @@ def train(
         return accelerator.reduce(values, reduction="mean") if accelerator.num_processes > 1 else values
 
     check_resume(resume, folder)
+    if settings.best_metric is not None and settings.best_metric not in stage.measured:
+        raise ValueError(
+            f"train.best_metric={settings.best_metric} isn't measured; choose one of "
+            f"{', '.join(stage.measured)}"
+        )
     # What is trained, and its averages.
     bare = stage.modules
     for module in bare.values():
@@ -162,7 +170,7 @@ def train(
     stage.running = state.running
     step, seconds_before = state.progress["step"], state.progress["seconds"]
     at_the_end_already = step >= settings.num_steps
-    if at_the_end_already and (folder / "model").exists():
+    if at_the_end_already and model_step() == step:
         accelerator.print(f"{folder} is finished after {step} steps; a larger train.num_steps goes on")
         return
     prepared = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
@@ -182,7 +190,8 @@ def train(
         )
 
     main = accelerator.is_main_process
-    tracks = tracker(step) if main else None
+    measured = not at_the_end_already or state.progress.get("measured") == step
+    tracks = tracker(step, measured) if main else None
     if main:
         record(step, seconds_before)
     pending = Pending(accelerator.num_processes, skips, settings.max_skipped, clips_of)
@@ -217,24 +226,34 @@ def train(
                     tracks.videos(step, videos)
         if evaluate:
             numbers = stage.evaluate(shown, held_out())
+            wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
+            if wrong:
+                raise NonFiniteError(
+                    f"on held-out clips {' and '.join(wrong)} became {numbers[wrong[0]]} after step {step}; "
+                    f"the last saved state is untouched. {REMEDY}"
+                )
             if tracks is not None:
                 tracks.log(step, {"time": seconds()} | {f"held_out/{name}": x for name, x in numbers.items()})
             if sharded:  # all must come to the same decision
                 numbers = broadcast_object_list([numbers])[0]
             keep_best(numbers)
+            state.progress["measured"] = step
         for module in bare.values():
             module.train()
 
     def keep_best(numbers: Mapping[str, float]) -> None:
         name = settings.best_metric
-        if name is None:
+        if name is None or not math.isfinite(numbers[name]):
             return
-        if name not in numbers:
-            raise ValueError(f"train.best_metric={name} isn't measured; choose one of {', '.join(numbers)}")
-        best, value = state.progress.get("best"), numbers[name]
-        better = best is None or (value > best if name in stage.higher_is_better else value < best)
-        if better:
-            state.progress["best"] = value
+        best = state.progress.get("best")
+        if best is not None and best["metric"] != name:
+            accelerator.print(f"the best {best['metric']} counts no more; train.best_metric is now {name}")
+            best = None
+        value = numbers[name]
+        if best is not None:
+            better = value > best["value"] if name in stage.higher_is_better else value < best["value"]
+        if best is None or better:
+            state.progress["best"] = {"metric": name, "value": value}
             stage.finish(shown, statistics())
             write_model("model_best")
 
@@ -265,6 +284,8 @@ def train(
         accelerator.wait_for_everyone()
 
     def write_state() -> None:
+        if tracks is not None:
+            tracks.sync()  # rows up to a state are on the disk before it
         if main or sharded:
             checkpoint.save(folder / "state", state, settings.keep_states, settings.keep_every, write=main)
 
@@ -320,9 +341,13 @@ def train(
 
             if every(step, settings.log_every):
                 log()
-            if every(step, settings.preview_every) or every(step, settings.evaluate_every):
+            looks = every(step, settings.preview_every) or every(step, settings.evaluate_every)
+            snaps = averages is not None and every(step, settings.snapshot_every)
+            if looks or snaps:  # which nothing but sound weights deserve
+                pending.collect(mean_over_processes)
+            if looks:
                 look(every(step, settings.preview_every), every(step, settings.evaluate_every))
-            if every(step, settings.snapshot_every):
+            if snaps:
                 snapshot()
             saves = every(step, settings.save_every) and step < settings.num_steps
             if saves:
@@ -350,13 +375,12 @@ def train(
     for module in bare.values():
         module.eval()
     stage.finish(shown, statistics())
-    best = state.progress.get("best")
-    measured = tracks is not None and tracks.last_step_measured == step
-    if sharded:
-        measured = broadcast_object_list([measured])[0]
-    look(not every(step, settings.preview_every), not measured)
-    if state.progress.get("best") != best:
-        write_state()
+    if state.progress.get("measured") != step:
+        look(at_the_end_already or not every(step, settings.preview_every), True)
+        if main:  # so that it isn't measured twice
+            checkpoint.note_progress(folder / "state", state)
+    elif not every(step, settings.preview_every):
+        look(True, False)
     if settings.snapshot_every:
         snapshot()
     write_model("model")

@@ -41,7 +41,10 @@ class RunRecord:
         self.path = folder / "run.json"
         self.batch_size = batch_size
         before = read_json(self.path)
-        starts = before.get("starts", []) if isinstance(before, dict) else []
+        told = before.get("starts") if isinstance(before, dict) else None
+        starts = [start for start in told if isinstance(start, dict)] if isinstance(told, list) else []
+        #: Of the data at the last start; None for the first.
+        self.former_fingerprint: str | None = starts[-1].get("data_fingerprint") if starts else None
         text = json.dumps(config, sort_keys=True, default=str)
         self.content: dict[str, Any] = {
             "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -49,7 +52,16 @@ class RunRecord:
             "step": 0,
             "clips_seen": 0,
             "seconds": 0.0,
-            "starts": [*starts, {"at": now(), "command": sys.argv, "processes": num_processes, **machine()}],
+            "starts": [
+                *starts,
+                {
+                    "at": now(),
+                    "command": sys.argv,
+                    "processes": num_processes,
+                    "data_fingerprint": data_fingerprint,
+                    **machine(),
+                },
+            ],
         }
 
     def update(self, step: int, seconds: float) -> None:

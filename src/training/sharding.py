@@ -26,20 +26,7 @@ def shard(module: nn.Module, accelerator: Accelerator, *, trained: bool) -> None
         module: on the processes' devices, the same everywhere.
         accelerator: of the run; a trained module computes in its precision.
         trained: whether it is trained, or only an average of what is.
-
-    Raises:
-        ValueError: if there is one process, or the precision is fp16, whose loss scale would need to hear of
-            every part.
     """
-    if accelerator.num_processes < 2:
-        raise ValueError(
-            "machine.fsdp=true shards a network over processes, and there is one; launch with torchrun "
-            "--standalone --nproc_per_node N -m src.train …, or use machine.fsdp=false"
-        )
-    if accelerator.mixed_precision == "fp16":
-        raise ValueError(
-            "machine.fsdp=true doesn't go with machine.precision=fp16; use bf16 or no, or machine.fsdp=false"
-        )
     # Nothing here writes into what a network returns.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -50,6 +37,19 @@ def shard(module: nn.Module, accelerator: Accelerator, *, trained: bool) -> None
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     if trained and accelerator.mixed_precision != "no":
         module.forward = convert_outputs_to_fp32(_autocast(module.forward, accelerator))
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Raises ValueError with one process, or with fp16, whose loss scale would have to hear of every part."""
+    if accelerator.num_processes < 2:
+        raise ValueError(
+            "machine.fsdp=true shards a network over processes, and there is one; launch with torchrun "
+            "--standalone --nproc_per_node N -m src.train …, or use machine.fsdp=false"
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise ValueError(
+            "machine.fsdp=true doesn't go with machine.precision=fp16; use bf16 or no, or machine.fsdp=false"
+        )
 
 
 def _autocast(forward: Callable[..., Any], accelerator: Accelerator) -> Callable[..., Any]:

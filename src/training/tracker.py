@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ class Tracker:
     Args:
         folder: of the run.
         step: from which the run goes on; 0 for a new one.
+        measured: whether what held-out clips told at that step counts; else it will be told again.
         fps: at which previews play.
         tensorboard: whether TensorBoard files are written beside ``metrics.jsonl``.
         wandb: project of Weights & Biases that gets the same numbers; None for none. It can't stop a run.
@@ -37,6 +39,7 @@ class Tracker:
         step: int,
         fps: float,
         *,
+        measured: bool = True,
         tensorboard: bool,
         wandb: str | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -46,38 +49,47 @@ class Tracker:
         self.path = folder / "metrics.jsonl"
         self.settings = dict(settings or {})
         self._last: dict[str, float] = {}
-        self.last_step_measured: int | None = None
         folder.mkdir(parents=True, exist_ok=True)
-        self._keep_rows_up_to(step)
+        kept = self._keep_rows_up_to(step, measured)
         self._file = self.path.open("a")
         self._writer = None
         if tensorboard:
             # What a run that was killed has written after its last state doesn't count, be there one or not.
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self._writer = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=step + 1 if measured else step
+            )
             self._writer.add_custom_scalars(LAYOUT)
+            if not measured:  # the rows of that step went with what it had measured
+                for row in kept:
+                    if row["step"] == step:
+                        self._write_scalars(step, row)
         self._wandb: Any = None
         if wandb is not None:
             self._guarded(lambda: self._start_wandb(wandb))
 
-    def _keep_rows_up_to(self, step: int) -> None:
+    def _keep_rows_up_to(self, step: int, measured: bool) -> list[dict[str, Any]]:
         if not self.path.exists():
-            return
-        rows = []
-        for line in self.path.read_text().splitlines():
+            return []
+        kept = []
+        lines = []
+        for line in self.path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:  # torn by a kill in the middle of the line
                 continue
-            if row["step"] <= step:
-                rows.append(line)
+            if not (isinstance(row, dict) and isinstance(row.get("step"), int)):  # nothing that a run writes
+                continue
+            held_out = any(name.startswith("held_out/") for name in row)
+            if row["step"] < step or (row["step"] == step and (measured or not held_out)):
+                lines.append(line)
+                kept.append(row)
                 self._note(row)
         with atomic_path(self.path) as part:
-            part.write_text("".join(f"{row}\n" for row in rows))
+            part.write_text("".join(f"{line}\n" for line in lines))
+        return kept
 
     def _note(self, row: dict[str, Any]) -> None:
         self._last |= {name: value for name, value in row.items() if name != "step"}
-        if any(name.startswith("held_out/") for name in row):
-            self.last_step_measured = row["step"]
 
     def _start_wandb(self, project: str) -> None:
         import wandb  # type: ignore[import-not-found, unused-ignore]
@@ -108,16 +120,23 @@ class Tracker:
 
     def chart(self, step: int, numbers: dict[str, float]) -> None:
         """Shows numbers that are of the machine, not of the run: they get no row."""
-        if self._writer is not None:
-            # One event for all, as add_scalar writes one for each, at a fifth of its time.
-            values = [
-                Summary.Value(tag=name, simple_value=value)
-                for name, value in numbers.items()
-                if name != "time"  # which TensorBoard knows itself
-            ]
-            self._writer._get_file_writer().add_summary(Summary(value=values), step)
+        self._write_scalars(step, numbers)
         if self._wandb is not None:
             self._guarded(lambda: self._wandb.log(numbers, step=step))
+
+    def _write_scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self._writer is None:
+            return
+        # One event for all, as add_scalar writes one for each, at a fifth of its time. TensorBoard knows the
+        # time itself.
+        shown = {name: value for name, value in numbers.items() if name not in ("time", "step")}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in shown.items()]
+        self._writer._get_file_writer().add_summary(Summary(value=values), step)
+
+    def sync(self) -> None:
+        """Brings all rows to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def videos(self, step: int, videos: dict[str, Tensor]) -> None:
         """Saves videos ``b c t h w`` in [-1, 1] as animated WebP, four a row, for TensorBoard, too."""

@@ -15,6 +15,7 @@ from src.config import (
     check,
     claim_run_folder,
     difference,
+    run_folder,
     typed,
 )
 from tests.composing import composed
@@ -122,3 +123,20 @@ def test_only_what_is_swept_is_behind_a_cells_name() -> None:
 
     line = ["-m", "+experiment=tiny", "seed=0,1", "unet.model_channels=choice(16,32)", "train.num_steps=5"]
     assert _swept_keys(line) == ["seed", "unet.model_channels"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"a: [1", b"\x00\xff\xfe", b"a: !!python/object:os.system x", b"", b"- 1"]
+)
+def test_a_damaged_config_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml (is damaged|holds no config)"):
+        claim_run_folder(composed("train", "+experiment=tiny"), tmp_path)
+    assert (tmp_path / "config.yaml").read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["", ".", "../x", "a/../../b", "/abs", "./"])
+def test_a_name_that_is_no_folder_of_its_own_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="is no name for a folder under"):
+        run_folder(composed("train", "+experiment=tiny", f"name='{name}'"))

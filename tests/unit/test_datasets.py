@@ -19,8 +19,11 @@ COMMON: dict[str, Any] = {
     "num_frames": 8,
     "frame_stride": 1,
     "resolution": 16,
+    "fps": None,
     "crop": "center_crop",
     "horizontal_flip": False,
+    "short_videos": "skip",
+    "clips_per_opening": 1,
     "seed": 0,
     "cache": None,
     "strict": False,
@@ -263,10 +266,52 @@ def test_a_broken_file_is_never_all_that_a_split_gets(tmp_path: Path) -> None:
         write_video(tmp_path / f"good_{k}.mp4", np.zeros((8, 16, 16, 3), np.uint8), 8)
     for k in range(30):
         (tmp_path / f"broken_{k}.mp4").write_bytes(b"no video")
-    common = dict(
-        test_fraction=0.1, num_frames=4, frame_stride=1, resolution=16, crop="center_crop",
-        horizontal_flip=False, seed=0, cache=None, strict=False,
-    )  # fmt: skip
+    common = COMMON | {"test_fraction": 0.1, "num_frames": 4}
     parts = [folder(str(tmp_path), split=split, **common) for split in ("train", "test")]
     assert [len(part) for part in parts] == [2, 1]
     assert all(len(part.broken) == 30 for part in parts)
+
+
+def test_what_is_there_is_counted_beside_the_official_numbers(tmp_path: Path) -> None:
+    """Of the lists' six videos one isn't there; one that is there is in no list."""
+    for clip in ("A_g01_c01", "A_g08_c01", "B_g01_c01", "B_g08_c01", "B_g09_c01", "C_g99_c01"):
+        add_video(tmp_path / "UCF-101" / clip[0] / f"v_{clip}.mp4")
+    lists = tmp_path / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "trainlist01.txt").write_text(
+        "A/v_A_g08_c01.avi 1\nB/v_B_g08_c01.avi 2\nB/v_B_g09_c01.avi 2\nB/v_B_g10_c01.avi 2\n"
+    )
+    (lists / "testlist01.txt").write_text("A/v_A_g01_c01.avi\nB/v_B_g01_c01.avi\n")
+    data = make(ucf101, tmp_path, "train", subset="split1")
+    assert [str(count) for count in data.counts] == [
+        "videos: 6 of 13,320 (Soomro et al. 2012) DIFFERS: missing v_B_g10_c01",
+        "classes: 3 of 101 (Soomro et al. 2012) DIFFERS",
+        "training videos of split 1: 3 of 9,537 (official trainlist01.txt) DIFFERS: missing v_B_g10_c01",
+        "testing videos of split 1: 2 of 3,783 (official testlist01.txt) DIFFERS",
+    ]
+    assert len(data) == 3
+
+
+def test_official_numbers_divide_the_whole() -> None:
+    from src.data.counts import Count
+    from src.data.ucf101 import SPLIT_SIZES
+
+    assert all(sum(sizes) == 13_320 for sizes in SPLIT_SIZES.values())
+    assert str(Count("videos", 5, 5, "a paper", "missing x")) == "videos: 5 of 5 (a paper) ok"
+
+
+def test_a_video_that_lies_there_twice_is_refused(tmp_path: Path) -> None:
+    add_video(tmp_path / "UCF-101/A/v_A_g01_c01.mp4")
+    add_images(tmp_path / "frames/v_A_g01_c01")
+    with pytest.raises(
+        ValueError, match=r"holds v_A_g01_c01 twice, as UCF-101/A/v_A_g01_c01.mp4 and as frames/"
+    ):
+        make(ucf101, tmp_path, "all")
+
+
+def test_sky_counts_long_and_short_videos_and_clips(tmp_path: Path) -> None:
+    for video, clip, length in (("a", "a_1", 64), ("a", "a_2", 40), ("b", "b_1", 10)):
+        add_images(tmp_path / "sky_train" / video / clip, length)
+    data = make(sky, tmp_path, "train")
+    assert [count.found for count in data.counts] == [2, 3, 3]
+    assert [count.expected for count in data.counts] == [997, 2_392, 35_383]

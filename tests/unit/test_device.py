@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from src.training.device import (
     make_accelerator,
     networks_convolution,
     refuse_broken_launch,
+    told_processes,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -97,3 +99,64 @@ def test_half_precision_with_a_scaler_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
         make_accelerator(precision="fp16", tf32=False, batch_size=2, micro_batch_size=None)
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("python /usr/bin/accelerate launch --cpu --num_processes 2 -m src.train", 2),
+        ("python /usr/bin/accelerate launch --cpu --num_processes=3 -m src.train", 3),
+        ("python -m accelerate.commands.launch --num-processes 2 script.py", 2),
+        ("python -m accelerate.commands.accelerate_cli launch --num_processes 4 script.py", 4),
+        ("python /usr/bin/accelerate-launch --num_processes 2 script.py", 2),
+        ("python /usr/bin/accelerate launch --config_file CONFIG script.py", 5),
+        ("python /usr/bin/accelerate launch --config_file=CONFIG script.py", 5),
+        ("python /usr/bin/accelerate launch --config_file CONFIG --num_processes 1 script.py", 1),
+        ("python /usr/bin/accelerate launch --config_file nowhere script.py", 1),
+        ("bash -c accelerate", 1),
+        ("python launch --num_processes 2", 1),
+        ("python -m pytest", 1),
+    ],
+)
+def test_what_accelerate_was_told_is_read_off_its_command(command, told, tmp_path):
+    (tmp_path / "config.yaml").write_text("num_processes: 5\nuse_cpu: true\n")
+    parts = command.replace("CONFIG", str(tmp_path / "config.yaml")).split()
+    assert told_processes(parts) == told
+
+
+def test_tasks_that_dont_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(ValueError, match="srun started 2 tasks, which know nothing of each other"):
+        refuse_broken_launch()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuse_broken_launch()
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    refuse_broken_launch()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+def test_the_end_of_a_launcher_ends_its_processes(tmp_path):
+    """Killed without a chance to say goodbye, as by SIGKILL, it leaves no orphan behind."""
+    worker = (
+        "import signal, sys, time; from src.training.device import end_with_launcher; end_with_launcher();"
+        "signal.signal(signal.SIGTERM, lambda *_: (open(sys.argv[1], 'w').write('asked'), sys.exit()));"
+        "open(sys.argv[2], 'w').close(); time.sleep(60)"
+    )
+    said, ready = tmp_path / "said", tmp_path / "ready"
+    launcher = (
+        "import subprocess, sys, time;subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHELASTIC_RUN_ID": "x"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher, worker, str(said), str(ready)], env=environment
+    )
+    deadline = time.monotonic() + 60
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    while not (said.exists() and said.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert said.read_text() == "asked"

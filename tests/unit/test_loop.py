@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,6 +43,7 @@ class OneWeight:
     """Learns to multiply by nothing; the loss is the mean square of weight times clip."""
 
     exported = "weight"
+    measured: tuple[str, ...] = ("weight",)
     higher_is_better: tuple[str, ...] = ()
 
     def __init__(self) -> None:
@@ -88,6 +90,21 @@ def settings_of(**changes: Any) -> LoopSettings:
     return LoopSettings(**(values | changes))
 
 
+def keep_step(folder: Path) -> Callable[[str, dict[str, Tensor], int], None]:
+    """Exports a model folder that tells no more than its step."""
+
+    def export(name: str, weights: dict[str, Tensor], step: int) -> None:
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "step").write_text(str(step))
+
+    return export
+
+
+def exported_step(folder: Path) -> int | None:
+    path = folder / "model" / "step"
+    return int(path.read_text()) if path.exists() else None
+
+
 def run(
     folder: Path,
     batches: Callable[[int], Iterator[Batch]],
@@ -100,6 +117,7 @@ def run(
     averages: Averages | None = None,
     learning_rate: float = 0.1,
     fused: bool = True,
+    tensorboard: bool = False,
     **changes: Any,
 ) -> OneWeight:
     """Trains one weight, or the stage that is given, in a folder."""
@@ -115,14 +133,17 @@ def run(
             held_out=list,
             statistics=list,
             clips_of=lambda step: [f"clip_{2 * step - 2}.mp4", f"clip_{2 * step - 1}.mp4"],
-            export=export or (lambda name, weights, step: (folder / name).mkdir(exist_ok=True)),
+            export=export or keep_step(folder),
             averages=averages or Ema(stage.modules, 0.9),
             settings=settings_of(**changes),
             accelerator=accelerator,
             folder=folder,
             resume=resume,
             batch_size=batch_size,
-            tracker=lambda step: Tracker(folder, step, 8.0, tensorboard=False),
+            model_step=lambda: exported_step(folder),
+            tracker=lambda step, measured: Tracker(
+                folder, step, 8.0, measured=measured, tensorboard=tensorboard
+            ),
             record=lambda step, seconds: None,
             requests=requests,
             seed=0,
@@ -270,6 +291,8 @@ def test_the_best_model_is_kept(tmp_path: Path) -> None:
     exports: list[tuple[str, int]] = []
 
     class Measured(OneWeight):
+        measured = ("score",)
+
         def __init__(self) -> None:
             super().__init__()
             self.scores = iter([3.0, 1.0, 2.0, 0.5])
@@ -287,8 +310,164 @@ def test_the_best_model_is_kept(tmp_path: Path) -> None:
         changes = {"evaluate_every": 3, "best_metric": "score", "num_steps": 11}
         run(tmp_path / str(higher), clips(), stage=stage, export=export, **changes)
         assert [step for name, step in exports if name == "model_best"] == wanted
+    # Found before the first step.
     with pytest.raises(ValueError, match=r"best_metric=psnr isn't measured; choose one of weight"):
         run(tmp_path / "other", clips(), best_metric="psnr")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_best_value_of_another_metric_counts_no_more(tmp_path: Path) -> None:
+    class Two(OneWeight):
+        measured = ("low", "high")
+        higher_is_better = ("high",)
+
+        def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
+            return {"low": 0.5, "high": 0.25}
+
+    exports: list[tuple[str, int]] = []
+
+    def export(name: str, weights: dict[str, Tensor], step: int) -> None:
+        exports.append((name, step))
+
+    for metric, steps in (("low", 3), ("high", 6)):
+        run(tmp_path, clips(), stage=Two(), export=export, best_metric=metric, num_steps=steps)
+    assert [step for name, step in exports if name == "model_best"] == [3, 6]
+
+
+def test_an_extended_run_that_ends_while_finishing_gets_its_own_model(tmp_path: Path) -> None:
+    """The model of a shorter run that lies there isn't taken for the longer one's."""
+    run(tmp_path, clips(), num_steps=6)
+
+    class Killed(OneWeight):
+        def finish(self, modules: Modules, batches: Iterable[Batch]) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, clips(), stage=Killed(), num_steps=12)
+    assert exported_step(tmp_path) == 6
+    run(tmp_path, clips(), num_steps=12)
+    assert exported_step(tmp_path) == 12
+
+
+def test_killed_while_measuring_at_the_end_a_run_measures_again(tmp_path: Path) -> None:
+    """Rows, scalars and the best model are those of a run that nothing has stopped."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def killed(name: str, weights: dict[str, Tensor], step: int) -> None:
+        raise KeyboardInterrupt
+
+    settings: dict[str, Any] = {"num_steps": 10, "best_metric": "weight", "tensorboard": True}
+    run(tmp_path / "straight", clips(), **settings)
+    with pytest.raises(KeyboardInterrupt):  # in the export of the best model, after the row was written
+        run(tmp_path / "stopped", clips(), export=killed, **settings)
+    assert "held_out/weight" in rows(tmp_path / "stopped")[-1]
+    for _ in range(2):
+        run(tmp_path / "stopped", clips(), **settings)
+    told = []
+    for name in ("straight", "stopped"):
+        assert (tmp_path / name / "model_best/step").read_text() == "10"
+        events = EventAccumulator(str(tmp_path / name / "tensorboard")).Reload()
+        scalars = {
+            tag: [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+            if not tag.startswith("speed")
+        }
+        plain = [{key: value for key, value in row.items() if key != "time"} for row in rows(tmp_path / name)]
+        told.append((scalars, plain))
+    assert told[0] == told[1]
+
+
+def test_nothing_is_measured_or_kept_of_weights_that_arent_finite(tmp_path: Path) -> None:
+    """A number of step 2 that isn't finite is found at the evaluation of step 3, not at the row of step 5."""
+    evaluated = []
+
+    class Watched(OneWeight):
+        def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
+            evaluated.append(1)
+            return super().evaluate(modules, batches)
+
+    with pytest.raises(NonFiniteError, match="step 2"):
+        run(tmp_path, clips(bad_step=1), stage=Watched(), evaluate_every=3, best_metric="weight")
+    assert not evaluated and not (tmp_path / "model_best").exists()
+
+    class Broken(OneWeight):
+        def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
+            return {"weight": float("nan")}
+
+    with pytest.raises(NonFiniteError, match="on held-out clips weight became nan after step 3"):
+        run(tmp_path / "other", clips(), stage=Broken(), evaluate_every=3, best_metric="weight")
+    assert all("NaN" not in line for line in (tmp_path / "other/metrics.jsonl").read_text().splitlines())
+
+
+def test_only_states_by_their_name_count(tmp_path: Path) -> None:
+    """A copy beside them neither wins over newer states nor stops the removal of old ones."""
+    run(tmp_path, clips(), num_steps=6)
+    state = tmp_path / "state"
+    for copy in ("step_old", "step_000000006.bak"):
+        shutil.copytree(state / "step_000000006", state / copy)
+    shutil.copytree(state / "step_000000006", state / ".step_000000009.77.part")
+    run(tmp_path, clips(), num_steps=12, save_every=2, keep_every=4)
+    assert [path.name for path in checkpoint.list_states(state)] == [
+        "step_000000008", "step_000000010", "step_000000012"
+    ]  # fmt: skip
+    assert (state / "step_old").exists() and not list(state.glob(".step*"))
+
+
+def test_a_state_that_was_set_aside_comes_back(tmp_path: Path) -> None:
+    """Killed between the two renames of a folder that replaces another, the older one is there."""
+    run(tmp_path, clips(), num_steps=6)
+    state = tmp_path / "state"
+    os.replace(state / "step_000000006", state / ".step_000000006.old.part")
+    (state / ".step_000000006.99.part").mkdir()
+
+    def none_left(step: int) -> Iterator[Batch]:
+        raise AssertionError("nothing is left to train")
+        yield
+
+    run(tmp_path, none_left, num_steps=6)
+    assert [path.name for path in state.iterdir()] == ["step_000000006"]
+
+
+def test_a_passing_error_of_the_disk_removes_no_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, clips(), num_steps=6, save_every=3)
+    hashed = checkpoint._hash
+
+    def stale(path: Path) -> str:
+        if "step_000000006" in str(path):
+            raise OSError(116, "Stale file handle")
+        return hashed(path)
+
+    monkeypatch.setattr(checkpoint, "_hash", stale)
+    with pytest.raises(
+        OSError, match=r"can't read the state .*Stale file handle.* It may be sound, and stays"
+    ):
+        run(tmp_path, clips(), num_steps=8)
+    monkeypatch.setattr(checkpoint, "_hash", hashed)
+    assert len(checkpoint.list_states(tmp_path / "state")) == 2
+
+
+def test_lines_that_no_run_has_written_are_passed_over(tmp_path: Path) -> None:
+    run(tmp_path, clips(), num_steps=6)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'5\nnull\n{"loss": 1}\n\xff\xfe\n{"step": 6, "loss')
+    before = rows_of(tmp_path / "metrics.jsonl")
+    run(tmp_path, clips(), num_steps=8)
+    assert rows_of(tmp_path / "metrics.jsonl")[: len(before)] == before
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows among the lines of a file."""
+    told = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            told.append(row)
+    return told
 
 
 def test_a_profile_is_written(tmp_path: Path) -> None:
@@ -358,6 +537,11 @@ def test_a_record_knows_all_starts(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "run.json").read_text())
     assert (told["step"], told["clips_seen"], told["seconds"]) == (9, 36, 13.5)
     assert [start["processes"] for start in told["starts"]] == [2, 2]
+    assert record.former_fingerprint == "abc" == told["starts"][0]["data_fingerprint"]
+    for damaged in ('{"starts": null}', "[]", "no JSON", '{"starts": [3]}'):
+        (tmp_path / "run.json").write_text(damaged)
+        again = RunRecord(tmp_path, {}, data_fingerprint="x", batch_size=4, num_processes=1)
+        assert again.former_fingerprint is None
     assert told["starts"][0]["packages"]["torch"] == torch.__version__
     assert told["config_sha256"] == hashlib.sha256(b'{"seed": 0}').hexdigest()
 

@@ -1,11 +1,16 @@
 """Files and folders appear whole or not at all, and others may read them."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from src.data.storage import atomic_folder, load_tensors, save_tensors
+from src.data.storage import atomic_folder, held, load_tensors, save_tensors
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_tensors_may_be_read_by_whoever_may_read_other_files(tmp_path: Path) -> None:
@@ -39,3 +44,29 @@ def test_what_a_killed_writer_had_set_aside_comes_back(tmp_path: Path) -> None:
         (part / "file").write_text("half")
         raise OSError("the disk is full")
     assert (target / "file").read_text() == "old"
+
+
+def test_a_folder_is_held_until_its_process_ends_however_it_ends(tmp_path: Path) -> None:
+    """Another process is refused and told who holds it; after SIGKILL not even its child does."""
+    lock, ready = tmp_path / ".lock", tmp_path / "ready"
+    holder = (
+        "import os, sys, time; from pathlib import Path; from src.data.storage import held\n"
+        "with held(Path(sys.argv[1]), 'busy'):\n"
+        "    child = os.fork()\n"
+        "    if child: open(sys.argv[2], 'w').write(str(child))\n"
+        "    time.sleep(30)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder, str(lock), str(ready)], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (ready.exists() and ready.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with (
+        pytest.raises(ValueError, match=rf"the run is busy \(process {process.pid} on "),
+        held(lock, "the run is busy"),
+    ):
+        pass
+    process.kill()
+    process.wait()
+    with held(lock, "busy"):
+        pass
+    subprocess.run(["kill", ready.read_text()], check=True)

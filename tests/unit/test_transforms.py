@@ -60,7 +60,7 @@ def test_sizes() -> None:
     frame = np.full((30, 17, 3), 9, np.uint8)
     assert Resize((10, 24))(frame).shape == (10, 24, 3)
     assert Resize((30, 17))(frame) is frame
-    with pytest.raises(ValueError, match="center_crop, squash"):
+    with pytest.raises(ValueError, match="center_crop, random_crop, squash"):
         Resize(8, "middle")
     with pytest.raises(ValueError, match="at least 1"):
         Resize(0)

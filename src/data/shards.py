@@ -1,0 +1,455 @@
+"""A data set packed into WebDataset tar shards: a few large files in place of many small ones.
+
+A shard holds, for each video, its file (``00000012.avi``) or frame images (``00000012.frame1.jpg``, …) as
+they were, and what is known of it (``00000012.json``): other programs read it as WebDataset. Beside the
+shards lies ``shards.json``, by which every video is found at once: the data order is the same as from single
+files, and a run resumes from shards as exactly.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlparse
+
+from tqdm import tqdm
+
+from .clips import ClipDataset, Sampling, VideoEntry
+from .folder import check_split, split_by_name
+from .sampler import epoch_order
+from .storage import atomic_path, cache_home, exclusive, read_json, write_json
+from .video import (
+    IMAGE_EXTENSIONS,
+    VIDEO_EXTENSIONS,
+    Packed,
+    VideoError,
+    image_files,
+    natural_key,
+    probe,
+    sha256_of,
+)
+
+FORMAT = 1
+INDEX = "shards.json"
+
+HINT = """\
+Pack a data set into shards, then train on them, from a folder or from where they were copied to:
+    python -m src.prepare dataset=ucf101 dataset.root=PATH shards=FOLDER
+    python -m src.train +experiment=ucf101 dataset=shards dataset.root=FOLDER"""
+
+# Shards of a remote data set that are kept at a time, at least as many as the data order mixes.
+SHARDS_KEPT = 64
+
+
+def write_shards(
+    entries: Sequence[VideoEntry],
+    folder: Path,
+    *,
+    title: str,
+    classes: Sequence[str],
+    splits: Mapping[str, Sequence[str]],
+    fingerprint: str,
+    videos_per_shard: int,
+) -> int:
+    """Pack videos into ``folder/shard-000000.tar`` and so on, in a shuffled order, and write ``shards.json``.
+
+    Shards are written whole or not at all; the same call goes on where an earlier one was interrupted. Equal
+    videos give equal bytes.
+
+    Args:
+        entries: the videos.
+        folder: is made.
+        title: of the data set.
+        classes: their names, in the order of labels.
+        splits: of each video, by its path.
+        fingerprint: of the data set.
+        videos_per_shard: at most.
+
+    Returns:
+        How many shards were written now.
+
+    Raises:
+        ValueError: if the folder holds shards of something else, or ``videos_per_shard`` is below 1.
+    """
+    if videos_per_shard < 1:
+        raise ValueError(f"videos_per_shard must be at least 1, got {videos_per_shard}")
+    what = {
+        "format": FORMAT,
+        "title": title,
+        "fingerprint": fingerprint,
+        "videos_per_shard": videos_per_shard,
+    }
+    found = read_json(folder / INDEX)
+    if found is not None and any(found.get(key) != value for key, value in what.items()):
+        raise ValueError(
+            f"{folder} holds shards of {found.get('title')} ({str(found.get('fingerprint'))[:12]}…, "
+            f"{found.get('videos_per_shard')} videos each), not of {title} ({fingerprint[:12]}…, "
+            f"{videos_per_shard} each); choose another folder: shards=FOLDER"
+        )
+    index = found or {**what, "classes": list(classes), "complete": False, "shards": []}
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(entry.path)) for entry in entries])
+    order = epoch_order(len(entries), 0, 0)
+    starts = range(0, len(order), videos_per_shard)
+    written = 0
+    with tqdm(total=len(order), desc="packing videos", unit="video", delay=1, leave=False) as bar:
+        for number, start in enumerate(starts):
+            chosen = order[start : start + videos_per_shard]
+            name = f"shard-{number:06d}.tar"
+            known = index["shards"][number] if number < len(index["shards"]) else None
+            if known is None or _size(folder / name) != known["num_bytes"]:
+                records = [
+                    {**_record(entries[i], root), "key": f"{i:08d}", "splits": list(splits[entries[i].path])}
+                    for i in chosen
+                ]
+                with atomic_path(folder / name) as part:
+                    _pack(part, [entries[i] for i in chosen], records)
+                    shard = {"url": name, "num_bytes": part.stat().st_size, "videos": records}
+                index["shards"][number : number + 1] = [shard]
+                write_json(folder / INDEX, index)
+                written += 1
+            bar.update(len(chosen))
+    write_json(folder / INDEX, index | {"complete": True})
+    return written
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _record(entry: VideoEntry, root: str) -> dict[str, Any]:
+    facts = asdict(replace(entry, packed=None))
+    facts["path"] = PurePosixPath(os.path.relpath(entry.path, root)).as_posix()
+    return facts
+
+
+def _pack(path: Path, entries: Sequence[VideoEntry], records: Sequence[dict[str, Any]]) -> None:
+    """Write a tar archive, and into the records where their members lie in it."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+
+        def add(name: str, content: io.BufferedIOBase, size: int) -> tuple[str, int, int]:
+            header = tarfile.TarInfo(name)  # no time, no owner
+            header.size = size
+            archive.addfile(header, content)
+            padded = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            return name, archive.offset - padded, size
+
+        for entry, record in zip(entries, records, strict=True):
+            members = []
+            for suffix, file in _files(entry):
+                with file.open("rb") as opened:
+                    members.append(add(f"{record['key']}{suffix}", opened, file.stat().st_size))
+            record["members"] = members
+            told = {key: record[key] for key in ("path", "label", "num_frames", "fps", "splits")}
+            text = json.dumps(told, sort_keys=True).encode()
+            add(f"{record['key']}.json", io.BytesIO(text), len(text))
+
+
+def _files(entry: VideoEntry) -> Iterator[tuple[str, Path]]:
+    """The files of a video, each with what its name in an archive ends in."""
+    path = Path(entry.path)
+    if not path.is_dir():
+        yield path.suffix.lower(), path
+        return
+    for image in image_files(path):
+        file = Path(str(image))
+        yield f".{file.name}", file
+
+
+def is_remote(root: str) -> bool:
+    """Whether a root is the URL of an object store or web server, not a folder."""
+    return len(urlparse(root).scheme) > 1
+
+
+def _open_remote(url: str) -> Any:
+    try:
+        from webdataset.gopen import gopen
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"reading {url} needs the package webdataset: pip install -e '.[shards]'"
+        ) from error
+    return gopen(url)
+
+
+def _download(url: str, path: Path) -> None:
+    """Copy what a URL gives into a file, whole or not at all; raises OSError."""
+    try:
+        with atomic_path(path) as part, _open_remote(url) as source, part.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    except (OSError, ValueError) as error:
+        raise OSError(f"can't fetch {url}: {error}") from error
+
+
+class ShardCache:
+    """Fetches remote shards when they are needed, and keeps the last of them on the disk.
+
+    Args:
+        root: URL of the folder with the shards.
+        sizes: bytes of each shard, by its name.
+        folder: where copies lie.
+    """
+
+    def __init__(self, root: str, sizes: Mapping[str, int], folder: Path) -> None:
+        self.root = root.rstrip("/")
+        self.sizes = dict(sizes)
+        self.folder = folder
+
+    def __call__(self, name: str) -> str:
+        """A file with the shard's content.
+
+        Raises:
+            VideoError: if it can't be fetched, or is not as large as the index says.
+        """
+        path = self.folder / name
+        if _size(path) != self.sizes[name]:
+            with exclusive(self.folder / f".{name}.lock"):
+                if _size(path) != self.sizes[name]:
+                    try:
+                        _download(f"{self.root}/{name}", path)
+                    except OSError as error:
+                        raise VideoError(name, str(error)) from error
+                    if _size(path) != self.sizes[name]:
+                        raise VideoError(
+                            name, f"it has {_size(path)} bytes, and {INDEX} says {self.sizes[name]}"
+                        )
+            self._forget_old(path)
+        os.utime(path)
+        return str(path)
+
+    def _forget_old(self, newest: Path) -> None:
+        copies = []
+        for path in self.folder.glob("*.tar"):
+            try:
+                copies.append((path.stat().st_mtime_ns, path))
+            except FileNotFoundError:  # another process was faster
+                continue
+        for _, path in sorted(copies)[:-SHARDS_KEPT]:
+            if path != newest:
+                path.unlink(missing_ok=True)
+
+
+def read_index(root: str) -> tuple[dict[str, Any], Callable[[str], str] | None]:
+    """What ``shards.json`` under a folder or URL says, and for a URL what fetches a shard.
+
+    Shards that other programs have written have none: they are indexed once, from a folder.
+
+    Raises:
+        FileNotFoundError: if there are no shards; ValueError: if their packing wasn't finished.
+    """
+    if is_remote(root):
+        folder = cache_home() / "shards" / sha256_of_text(root)[:24]
+        _download(f"{root.rstrip('/')}/{INDEX}", folder / INDEX)
+        index = read_json(folder / INDEX)
+        if index is None:
+            raise FileNotFoundError(f"no shards: {root}/{INDEX} isn't an index of shards.\n{HINT}")
+        sizes = {shard["url"]: shard["num_bytes"] for shard in index["shards"]}
+        for name in sizes:
+            if not re.fullmatch(r"\w[\w.-]*\.tar", name):
+                raise ValueError(f"{root}/{INDEX} names a shard {name!r}, which isn't the name of a tar file")
+        fetch: Callable[[str], str] | None = ShardCache(root, sizes, folder)
+    else:
+        if not Path(root).is_dir():
+            raise FileNotFoundError(f"no shards: there is no folder {root}.\n{HINT}")
+        index, fetch = read_json(Path(root) / INDEX), None
+        if index is None:
+            index = _index_of_others(Path(root))
+    if index.get("format") != FORMAT:
+        raise ValueError(f"{root}/{INDEX} is of format {index.get('format')}, expected {FORMAT}; pack anew")
+    if not index["complete"]:
+        raise ValueError(
+            f"the packing of {root} was interrupted after {len(index['shards'])} shards; run the same "
+            "python -m src.prepare … shards=… again, which goes on"
+        )
+    return index, fetch
+
+
+def sha256_of_text(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _index_of_others(root: Path) -> dict[str, Any]:
+    """Index tar files that another program has written: samples by key, classes by ``.cls`` or ``.json``."""
+    archives = sorted(path for path in root.rglob("*.tar") if not path.name.startswith("."))
+    if not archives:
+        raise FileNotFoundError(f"no shards: {root} holds neither {INDEX} nor a .tar file.\n{HINT}")
+    kept = cache_home() / "index" / f"shards-{sha256_of_text(str(root.resolve()))[:24]}.json"
+    stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in archives]
+    known = read_json(kept)
+    if known is not None and known.get("stamps") == stamps and known.get("format") == FORMAT:
+        return dict(known)
+    shards: list[dict[str, Any]] = []
+    broken: dict[str, str] = {}
+    for path in tqdm(archives, "indexing shards", unit="shard", delay=1, leave=False):
+        videos = []
+        for key, packed, told in _samples(path, broken):
+            try:
+                info = probe(packed)
+                videos.append(
+                    {
+                        **{name: getattr(info, name) for name in ("num_frames", "fps", "variable_rate")},
+                        "path": f"{path.relative_to(root).as_posix()}/{key}",
+                        "seek_points": info.seek_points,
+                        "size": (info.height, info.width),
+                        "sha256": sha256_of(packed),
+                        "num_bytes": sum(size for _, _, size in packed.members),
+                        "members": packed.members,
+                        "splits": told.get("splits") or told.get("split"),
+                        "class": told.get("class"),
+                    }
+                )
+            except VideoError as error:
+                broken[f"{path.name}/{key}"] = error.reason
+        shards.append(
+            {"url": str(path.relative_to(root)), "num_bytes": path.stat().st_size, "videos": videos}
+        )
+    videos = [video for shard in shards for video in shard["videos"]]
+    # Numbers in their order, then words: of a class that is told by a number the name is that number.
+    classes = sorted({str(video["class"]) for video in videos if video["class"] is not None}, key=_by_number)
+    for video in videos:
+        video["label"] = -1 if video["class"] is None else classes.index(str(video.pop("class")))
+    index = {
+        "format": FORMAT, "title": root.name, "classes": classes, "complete": True, "shards": shards,
+        "stamps": stamps, "broken": broken,
+    }  # fmt: skip
+    write_json(kept, index)
+    return dict(read_json(kept) or index)
+
+
+def _by_number(name: str) -> tuple[bool, int, str]:
+    return (not name.isdigit(), int(name) if name.isdigit() else 0, name)
+
+
+def _samples(path: Path, broken: dict[str, str]) -> Iterator[tuple[str, Packed, dict[str, Any]]]:
+    """The samples of an archive: key, video, and what its side files tell."""
+    members: dict[str, list[tuple[str, int, int]]] = {}
+    told: dict[str, dict[str, Any]] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                key, _, extension = PurePosixPath(member.name).name.partition(".")
+                key = str(PurePosixPath(member.name).parent / key)
+                suffix = PurePosixPath(member.name).suffix.lower()
+                if suffix in VIDEO_EXTENSIONS | IMAGE_EXTENSIONS:
+                    members.setdefault(key, []).append((member.name, member.offset_data, member.size))
+                elif extension in ("json", "cls"):
+                    content = archive.extractfile(member)
+                    text = content.read().decode(errors="replace") if content else ""
+                    side = _parsed(text) if extension == "json" else {"class": text.strip()}
+                    told.setdefault(key, {}).update(side)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        broken[path.name] = f"the archive is damaged: {error}"
+    for key, found in members.items():
+        side = told.get(key, {})
+        if "class" not in side and side.get("label") is not None:
+            side["class"] = str(side["label"])
+        yield key, Packed(str(path), tuple(found)), side
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def shards(
+    root: str | None,
+    *,
+    split: str,
+    test_fraction: float,
+    num_frames: int,
+    frame_stride: int,
+    fps: float | None,
+    resolution: int | tuple[int, int],
+    crop: str,
+    horizontal_flip: bool,
+    short_videos: str,
+    clips_per_opening: int,
+    seed: int,
+    cache: str | None,
+    strict: bool,
+) -> ClipDataset:
+    """Clips of a data set in WebDataset tar shards, in a folder or under a URL (then with `webdataset`).
+
+    Splits are those that it was packed with; where it tells none, ``test_fraction`` of the videos, chosen by
+    a hash of their names, is kept for testing. Remote shards are fetched when their turn comes, a few at a
+    time.
+
+    Raises FileNotFoundError if there are no shards, ValueError if their packing wasn't finished.
+    """
+    check_split(split)
+    if root is None:
+        raise FileNotFoundError(f"no shards: dataset.root is not set.\n{HINT}")
+    index, fetch = read_index(str(root))
+    sampling = Sampling(num_frames, frame_stride, fps, short_videos)
+    videos: list[tuple[VideoEntry, list[str] | None]] = []
+    missing = []
+    for shard in index["shards"]:
+        archive = shard["url"] if fetch is not None else str(Path(root) / shard["url"])
+        if fetch is None and _size(Path(archive)) != shard["num_bytes"]:
+            missing.append(
+                VideoError(archive, f"it isn't there with the {shard['num_bytes']:,} bytes of {INDEX}")
+            )
+            continue
+        for record in shard["videos"]:
+            told = record["splits"]
+            splits = [told] if isinstance(told, str) else told
+            videos.append((_entry(record, archive), splits))
+    videos.sort(key=lambda video: natural_key(video[0].path))
+    if any(splits is not None for _, splits in videos):
+        chosen = [entry for entry, splits in videos if split == "all" or split in (splits or ())]
+    else:
+        usable = [entry.path for entry, _ in videos if short_videos != "skip" or not sampling.is_short(entry)]
+        kept = set(split_by_name(usable, test_fraction, split))
+        chosen = [e for e, _ in videos if e.path in kept or e.path not in set(usable)]
+    if not chosen and not missing:
+        raise ValueError(f"the shards in {root} hold no video of the split {split!r}")
+    broken = [VideoError(name, reason) for name, reason in index.get("broken", {}).items()] + missing
+    if strict and broken:
+        raise broken[0]
+    return ClipDataset(
+        chosen,
+        index["classes"],
+        num_frames=num_frames,
+        frame_stride=frame_stride,
+        fps=fps,
+        resolution=resolution,
+        crop=crop,
+        horizontal_flip=horizontal_flip,
+        short_videos=short_videos,
+        clips_per_opening=clips_per_opening,
+        fetch=fetch,
+        seed=seed,
+        cache=cache,
+        strict=strict,
+        name=f"{index['title']}, {split}",
+        broken=broken,
+    )
+
+
+def _entry(record: dict[str, Any], archive: str) -> VideoEntry:
+    return VideoEntry(
+        path=record["path"],
+        label=record["label"],
+        num_frames=record["num_frames"],
+        fps=record["fps"],
+        variable_rate=record["variable_rate"],
+        num_bytes=record["num_bytes"],
+        seek_points=tuple((frame, pts) for frame, pts in record["seek_points"]),
+        sha256=record["sha256"],
+        size=tuple(record["size"]) if record["size"] else None,
+        packed=Packed(archive, tuple((name, offset, size) for name, offset, size in record["members"])),
+    )
