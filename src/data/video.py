@@ -378,11 +378,19 @@ def _opened(path: VideoPath) -> InputContainer:
 
 
 def _video_stream(path: VideoPath, container: InputContainer) -> av.VideoStream:
-    """The first one that isn't a cover picture."""
-    for stream in container.streams.video:
-        if not stream.disposition & stream.disposition.attached_pic:
-            return stream
-    raise VideoError(path, "there is no video stream in it")
+    """The one that ffmpeg takes of several: no cover picture; of the default ones, the largest."""
+    streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
+    if not streams:
+        raise VideoError(path, "there is no video stream in it")
+
+    def rank(stream: av.VideoStream) -> tuple[bool, int]:
+        context = stream.codec_context
+        area = (
+            0 if context is None else context.width * context.height
+        )  # None where no decoder knows its codec
+        return bool(stream.disposition & stream.disposition.default), area
+
+    return max(streams, key=rank)
 
 
 class _DecodedFrame:
@@ -449,6 +457,8 @@ def _digest(frame: av.VideoFrame) -> int:
         # A row is padded with what happened to be there; packed formats hold several components in a plane.
         parts = [part for part in frame.format.components if part.plane == index]
         length = sum(part.width * -(-part.bits // 8) for part in parts)
+        if len(frame.planes) == 1:
+            length = -(-plane.width * frame.format.padded_bits_per_pixel // 8)
         rows = np.frombuffer(memoryview(plane), np.uint8)
         rows = rows[: plane.height * abs(plane.line_size)].reshape(plane.height, abs(plane.line_size))
         total = zlib.crc32(rows[:, :length].tobytes(), total)

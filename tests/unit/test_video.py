@@ -1,5 +1,8 @@
 import io
 import os
+import shutil
+import subprocess
+import zlib
 from collections.abc import Callable
 from fractions import Fraction
 from itertools import pairwise
@@ -9,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from PIL import Image
 
 from src.data import video
@@ -74,8 +78,10 @@ def reference_frames(path: Path, wanted: set[int]) -> tuple[int, dict[int, Frame
     found = {}
     count = 0
     with av.open(str(path)) as container:
-        container.streams.video[0].codec_context.thread_count = 1
-        for packet in container.demux(video=0):
+        stream = container.streams.best("video")
+        assert isinstance(stream, av.VideoStream)
+        stream.codec_context.thread_count = 1
+        for packet in container.demux(stream):
             try:
                 frames = packet.decode()
             except av.error.InvalidDataError:
@@ -407,6 +413,128 @@ def test_odd_files_are_read_right_or_refused_by_name(shared: Shared) -> None:
         if path.stat().st_size < small:
             check_against_sequential_decoding(path)
     assert refused == NOT_VIDEOS & {path.name for path in files}
+
+
+# What differs between versions of FFmpeg: how damage is concealed (so only the count is compared), and how
+# chroma is brought to full size in interlaced and 10-bit pictures (so the planes are compared).
+CONCEALED = {"bitflips_archery.avi"}
+CHROMA = {"interlaced_mpeg2.mpg", "torchcodec_h264_10bit.mp4", "torchcodec_h265_10bit.mp4"}
+
+
+def by_ffmpeg(path: Path, *, upright_rgb: bool) -> bytes:
+    """The frames that ffmpeg's own tool decodes from a file, as RGB or as they are stored."""
+    before = [] if upright_rgb else ["-noautorotate"]
+    after = ["-pix_fmt", "rgb24"] if upright_rgb else []
+    command = ["ffmpeg", "-v", "quiet", "-nostdin", "-threads", "1", *before, "-i", f"file:{path}"]
+    command += ["-an", "-sn", "-dn", "-fps_mode", "passthrough", "-f", "rawvideo", *after, "-"]
+    return subprocess.run(command, capture_output=True).stdout
+
+
+def check_against_ffmpeg(path: Path) -> None:
+    if path.name in CHROMA:
+        digests = [frame.digest() for frame in video._decode(path)]
+        planes = np.frombuffer(by_ffmpeg(path, upright_rgb=False), np.uint8).reshape(len(digests), -1)
+        assert [zlib.crc32(row.tobytes()) for row in planes] == digests, path
+        return
+    expected = by_ffmpeg(path, upright_rgb=True)
+    num_bytes = 0
+    for frame in iterate_frames(path):
+        here = expected[num_bytes : num_bytes + frame.nbytes]
+        assert len(here) == frame.nbytes and (path.name in CONCEALED or frame.tobytes() == here), path
+        num_bytes += frame.nbytes
+    assert num_bytes == len(expected), path
+
+
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg isn't installed")
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mp4", "libx264", {"g": "250", "bf": "3"}),
+        ("b.mkv", "libx264", {"pix_fmt": "yuv444p", "bf": "2"}),
+        ("c.avi", "mpeg4", {"bf": "2", "g": "300"}),
+        ("d.webm", "libvpx-vp9", {"deadline": "realtime"}),
+        ("e.mov", "mjpeg", {"pix_fmt": "yuvj422p"}),
+        ("f.mpg", "mpeg2video", {"bf": "2"}),
+        ("g.gif", "gif", {"pix_fmt": "rgb8"}),
+    ],
+)
+def test_frames_are_ffmpegs_own(tmp_path: Path, name: str, codec: str, options: dict[str, str]) -> None:
+    path = tmp_path / name
+    if codec == "mpeg2video":  # which knows no rate of 100
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=25, options=dict(options))
+            assert isinstance(stream, av.VideoStream)
+            stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+            for frame in moving(30):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode(None))
+    else:
+        write_raw(path, codec, moving(30), **options)
+    check_against_ffmpeg(path)
+
+
+@needs_ffmpeg
+@pytest.mark.slow
+def test_frames_of_real_and_odd_files_are_ffmpegs_own(shared: Shared) -> None:
+    files = sorted(path for path in shared("clips").rglob("*") if path.is_file())
+    files += [path for path in shared("odd_clips").iterdir() if path.name not in NOT_VIDEOS]
+    for path in files:
+        if path.suffix != ".webp":  # of which ffmpeg knows no animated ones
+            check_against_ffmpeg(path)
+
+
+def test_of_several_videos_in_a_file_the_largest_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "two.mp4"
+    with av.open(str(path), "w") as container:
+        streams = []
+        for height, width in ((32, 48), (64, 96), (64, 96)):
+            stream = container.add_stream("libx264", rate=25)
+            assert isinstance(stream, av.VideoStream)
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            stream.disposition = Disposition.default
+            streams.append(stream)
+        for stream, level in zip(streams, (50, 150, 250), strict=True):
+            grey = np.full((stream.height, stream.width, 3), level, np.uint8)
+            for _ in range(level // 50):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+            container.mux(stream.encode(None))
+    info = probe(path)
+    assert (info.num_frames, info.height, info.width) == (3, 64, 96)
+    assert abs(read_clip(path, 0, 3).astype(int) - 150).max() < 5
+    if shutil.which("ffmpeg"):
+        check_against_ffmpeg(path)
+
+
+def test_checksums_see_every_pixel_and_no_padding() -> None:
+    draw = np.random.Generator(np.random.PCG64(0))
+    # Bytes of a row of the last plane.
+    rows = {
+        "yuv420p": 15,
+        "yuv420p10le": 30,
+        "nv12": 30,
+        "yuyv422": 60,
+        "rgb24": 90,
+        "bgra": 120,
+        "rgb0": 120,
+    }
+    for pix_fmt, used in (rows | {"gray16le": 60, "ya8": 60}).items():
+        frame = av.VideoFrame(30, 4, pix_fmt)  # rows that are padded
+        for plane in frame.planes:
+            plane.update(draw.integers(0, 256, plane.buffer_size, np.uint8).tobytes())
+        digest = video._digest(frame)
+        whole = frame.planes[-1]
+        row = whole.line_size
+        for byte, seen in ((used - 1, True), (row - 1, used == row)):
+            levels = bytearray(memoryview(whole))
+            levels[byte] ^= 1
+            whole.update(bytes(levels))
+            assert (video._digest(frame) != digest) == seen, (pix_fmt, byte)
+            levels[byte] ^= 1
+            whole.update(bytes(levels))
+            assert video._digest(frame) == digest
 
 
 def test_reading_does_not_gather_memory(tmp_path: Path) -> None:
