@@ -444,9 +444,7 @@ def _check_nodes(node: Any, path: str, left_open: set[str]) -> None:
         return
     if "_target_" in node:
         target = _locate(node["_target_"])
-        parameters = inspect.signature(target).parameters
-        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        parameters, takes_any, hints = _arguments(target)
         for key in map(str, node):
             if key.startswith("_"):
                 continue
@@ -456,6 +454,23 @@ def _check_nodes(node: Any, path: str, left_open: set[str]) -> None:
                 _check_type(hints.get(key), node[key], f"{path}.{key}")
     for key in map(str, node):
         _check_nodes(node[key], f"{path}.{key}", left_open)
+
+
+def _arguments(target: Any) -> tuple[list[str], bool, dict[str, Any]]:
+    """Names of what a constructor takes, whether it takes any others, and the types of the names.
+
+    Options that are typed as a whole (``**options: Unpack[SomeTypedDict]``) count one by one.
+    """
+    names = list(inspect.signature(target).parameters)
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    for name, parameter in inspect.signature(target).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            if typing.get_origin(hints.get(name)) is not typing.Unpack:
+                return names, True, hints
+            options = typing.get_type_hints(typing.get_args(hints[name])[0])
+            names[names.index(name) :] = options
+            hints |= options
+    return names, False, hints
 
 
 def _check_type(hint: Any, value: Any, path: str) -> None:

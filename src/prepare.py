@@ -3,7 +3,7 @@
 import csv
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,7 @@ def prepare_dataset(cfg: DictConfig) -> None:
     Raises:
         ValueError: with ``dataset.strict``, if a published data set isn't complete.
     """
+    from .data.shards import write_shards
     from .data.storage import atomic_path, cache_home
 
     datasets = {split: build(cfg.dataset, split=split, seed=0) for split in ("train", "test")}
@@ -66,44 +67,23 @@ def prepare_dataset(cfg: DictConfig) -> None:
         table.writerows(index_rows(whole, datasets))
     print(f"index: {index} (fingerprint {whole.fingerprint})")
     if cfg.shards is not None:
-        pack(cfg, whole, datasets)
-
-
-def pack(cfg: DictConfig, whole: "ClipDataset", splits: "dict[str, ClipDataset]") -> None:
-    """Packs a data set's readable videos into shards."""
-    from .data.shards import write_shards
-
-    folder = Path(cfg.shards)
-    if any(Path(entry.path).is_relative_to(folder) for entry in whole.entries):
-        raise ConfigError(f"shards={folder} holds the videos themselves; choose a folder of its own")
-    members = {name: {entry.path for entry in (*s.entries, *s.too_short)} for name, s in splits.items()}
-    everything = [*whole.entries, *(entry for entry in whole.too_short if entry not in whole.entries)]
-    written = write_shards(
-        sorted(everything, key=lambda entry: entry.path),
-        folder,
-        title=whole.name.rpartition(",")[0],
-        classes=whole.classes,
-        splits={e.path: [name for name, paths in members.items() if e.path in paths] for e in everything},
-        fingerprint=whole.fingerprint,
-        videos_per_shard=cfg.videos_per_shard,
-    )
-    print(f"shards: {folder} ({written} written now, {len(everything):,} videos)")
+        written = write_shards(whole, datasets, Path(cfg.shards), videos_per_shard=cfg.videos_per_shard)
+        print(f"shards: {cfg.shards} ({written} written now, {len(whole.readable):,} videos)")
 
 
 def index_rows(whole: "ClipDataset", splits: "dict[str, ClipDataset]") -> Iterator[dict[str, object]]:
     """A row for each video, readable or not: what it is and which splits it is in."""
     members = {name: {entry.path for entry in split.entries} for name, split in splits.items()}
-    everything = (
-        [*whole.entries, *whole.too_short] if whole.sampling.short_videos == "skip" else whole.entries
-    )
-    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in _paths(whole)])
+    usable = {entry.path for entry in whole.entries}
+    paths = [*(entry.path for entry in whole.readable), *whole.broken]
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     rows: dict[str, dict[str, object]] = {}
-    for entry in everything:
+    for entry in whole.readable:
         inside = [name for name, paths in members.items() if entry.path in paths]
         height, width = entry.size or whole.resolution
         rows[entry.path] = {
             "split": "+".join(inside),
-            "status": "too short" if entry in whole.too_short else "ok",
+            "status": "ok" if entry.path in usable else "too short",
             "class": whole.classes[entry.label] if entry.label >= 0 else "",
             "label": entry.label,
             "frames": entry.num_frames,
@@ -120,11 +100,6 @@ def index_rows(whole: "ClipDataset", splits: "dict[str, ClipDataset]") -> Iterat
         rows[path] = {"status": f"broken: {reason}"}
     for path, row in sorted(rows.items()):
         yield {"video": os.path.relpath(path, root)} | row
-
-
-def _paths(dataset: "ClipDataset") -> Iterable[str]:
-    yield from (entry.path for entry in (*dataset.entries, *dataset.too_short))
-    yield from dataset.broken
 
 
 if __name__ == "__main__":

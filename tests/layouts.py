@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from src.data.video import VIDEO_EXTENSIONS, iterate_frames, write_video
@@ -66,13 +67,7 @@ def taichi(shared: Path, root: Path) -> None:
             frames = list(islice(iterate_frames(next(clips)), 32))
             square = [Image.fromarray(frame).resize((128, 128)) for frame in frames]
             path = root / split / f"aDyyTMUBoLE#{number:06d}#{number + 32:06d}.mp4"
-            write_video(path, _stacked(square), 25)
-
-
-def _stacked(images: list[Image.Image]):  # type: ignore[no-untyped-def]
-    import numpy as np
-
-    return np.stack([np.asarray(image) for image in images])
+            write_video(path, np.stack([np.asarray(image) for image in square]), 25)
 
 
 LAYOUTS = {"ucf101": ucf101, "ucf101_frames": ucf101_frames, "sky": sky, "taichi": taichi}

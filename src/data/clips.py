@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypedDict, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from .counts import Count
+from .counts import Count, named
 from .sampler import EndlessOrder, clip_generator
 from .storage import cache_home, exclusive, read_json, write_json
 from .transforms import Frames, Resize
@@ -36,9 +36,7 @@ from .video import (
 )
 
 # Of what is remembered of each video between starts.
-INDEX_FORMAT = 3
-# Of those that are skipped, so many are named.
-NUM_NAMED = 3
+INDEX_FORMAT = 4
 # A file that breaks in mid-training is replaced by another; after so many in a row something else is wrong.
 NUM_ATTEMPTS = 20
 
@@ -68,6 +66,22 @@ class VideoEntry:
     def duration(self) -> float:
         """Seconds."""
         return self.num_frames / self.fps
+
+
+class ClipOptions(TypedDict):
+    """What every data set is told of its clips, and hands on to `ClipDataset`."""
+
+    num_frames: int
+    frame_stride: int
+    fps: float | None
+    resolution: int | tuple[int, int]
+    crop: str
+    horizontal_flip: bool
+    short_videos: str
+    clips_per_opening: int
+    seed: int
+    cache: str | None
+    strict: bool
 
 
 SHORT_VIDEOS = ("skip", "pad", "loop")
@@ -108,6 +122,11 @@ class Sampling:
                 f"unknown short_videos {self.short_videos!r}; choose one of: {', '.join(SHORT_VIDEOS)}"
             )
 
+    @classmethod
+    def of(cls, clips: ClipOptions) -> Self:
+        """The part of the options that is about frames."""
+        return cls(clips["num_frames"], clips["frame_stride"], clips["fps"], clips["short_videos"])
+
     @property
     def span(self) -> int:
         """Ticks from a clip's first to its last."""
@@ -123,6 +142,10 @@ class Sampling:
     def is_short(self, entry: VideoEntry) -> bool:
         """Whether a video has fewer ticks than a clip."""
         return self.num_ticks(entry) < self.span
+
+    def skips(self, entry: VideoEntry) -> bool:
+        """Whether a video is left out for being short."""
+        return self.short_videos == "skip" and self.is_short(entry)
 
     def start(self, entry: VideoEntry, where: float) -> int:
         """The first tick of a clip at a share of the way, in [0, 1), from the earliest place to the last."""
@@ -304,12 +327,6 @@ def find_videos(
     return FoundVideos(root, tuple(entries), classes, tuple(broken))
 
 
-def _named(items: Iterable[str]) -> str:
-    listed = list(items)
-    more = f", and {len(listed) - NUM_NAMED:,} more" if len(listed) > NUM_NAMED else ""
-    return ", ".join(listed[:NUM_NAMED]) + more
-
-
 @dataclass(frozen=True)
 class _Place:
     """Where a clip is taken: its first tick, whether it is mirrored, where it is cropped."""
@@ -339,9 +356,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
     decoded on the fly.
 
     Videos too short for a clip are skipped (or padded, or looped, see ``Sampling``) and told by
-    ``summary()``; one that breaks while being read is
-    warned of once and replaced by another, drawn from (seed, position, attempt). With ``strict`` each raises
-    instead.
+    ``summary()``; one that breaks while being read is warned of once and replaced by another, drawn from
+    (seed, position, attempt). With ``strict`` each raises instead.
 
     Raises ValueError if no video is long enough.
     """
@@ -388,7 +404,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self.strict = strict
         self.broken: dict[str, str] = {error.path: error.reason for error in broken}
         self.too_short = [entry for entry in entries if self.sampling.is_short(entry)]
-        usable = [e for e in entries if short_videos != "skip" or not self.sampling.is_short(e)]
+        usable = [entry for entry in entries if not self.sampling.skips(entry)]
         self._check_length(usable)
         self._offsets: dict[str, int] = {}
         self._fetch = fetch
@@ -417,6 +433,11 @@ class ClipDataset(Dataset[dict[str, Any]]):
             raise ValueError(
                 f"there is no readable video in {self.name}{broken}; point dataset.root=PATH to some"
             )
+
+    @property
+    def readable(self) -> list[VideoEntry]:
+        """The usable videos and those that are too short."""
+        return list({entry.path: entry for entry in (*self.entries, *self.too_short)}.values())
 
     def __len__(self) -> int:
         """How many usable videos there are: the length of an epoch."""
@@ -507,7 +528,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         parts.append(f"{height}x{width}")
         parts.append(f"clips of {self.num_frames} frames {self._pace()} ({self.fps:g} fps)")
         if self.too_short:
-            names = _named(f"{Path(e.path).name}: {e.num_frames} frames" for e in self.too_short)
+            names = named(f"{Path(e.path).name}: {e.num_frames} frames" for e in self.too_short)
             fate = {"skip": "skipped as too short", "pad": "padded", "loop": "looped"}
             parts.append(f"{len(self.too_short):,} {fate[self.sampling.short_videos]} ({names})")
         slower = sum(entry.fps < 0.99 * (self.sampling.fps or 0) for entry in self.entries)
@@ -522,7 +543,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return f"at stride {self.frame_stride}" if fps is None else f"at {fps:g} frames per second"
 
     def _broken_names(self) -> str:
-        return _named(f"{Path(path).name}: {reason}" for path, reason in self.broken.items())
+        return named(f"{Path(path).name}: {reason}" for path, reason in self.broken.items())
 
     def _note_broken(self, error: VideoError) -> None:
         if self.strict:
@@ -585,7 +606,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         """Find or make the cache; returns the entries that it holds, which are all but those found broken."""
         height, width = self.resolution
         stamps = [_stamp(Path(entry.packed.archive if entry.packed else entry.path)) for entry in entries]
-        key = self._digest(entries, [self.resolution, self.resize.mode, self.sampling.fps, stamps])[:24]
+        what = [INDEX_FORMAT, self.resolution, self.resize.mode, self.sampling.fps, stamps]
+        key = self._digest(entries, what)[:24]
         stem = f"{height}x{width}-{self.resize.mode}-{key}"
         pixels, index = folder / f"{stem}.uint8", folder / f"{stem}.json"
         counts = [self.sampling.num_ticks(entry) for entry in entries]

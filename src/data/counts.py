@@ -38,8 +38,8 @@ class Count:
 
 def named(names: Iterable[str]) -> str:
     """The first of some names, and how many more there are."""
-    listed = sorted(names)
-    more = f" and {len(listed) - NUM_NAMED:,} more" if len(listed) > NUM_NAMED else ""
+    listed = list(names)
+    more = f", and {len(listed) - NUM_NAMED:,} more" if len(listed) > NUM_NAMED else ""
     return ", ".join(listed[:NUM_NAMED]) + more
 
 

@@ -2,8 +2,9 @@
 
 import hashlib
 from pathlib import Path
+from typing import Unpack
 
-from .clips import ClipDataset, Sampling, find_videos, list_videos
+from .clips import ClipDataset, ClipOptions, Sampling, find_videos, list_videos
 
 SPLITS = ("train", "test", "all")
 
@@ -60,17 +61,7 @@ def folder(
     *,
     split: str,
     test_fraction: float,
-    num_frames: int,
-    frame_stride: int,
-    fps: float | None,
-    resolution: int | tuple[int, int],
-    crop: str,
-    horizontal_flip: bool,
-    short_videos: str,
-    clips_per_opening: int,
-    seed: int,
-    cache: str | None,
-    strict: bool,
+    **clips: Unpack[ClipOptions],
 ) -> ClipDataset:
     """Clips of all videos under ``root``; the folder that a video lies in is its class.
 
@@ -87,15 +78,14 @@ def folder(
         str(root),
         names=names,
         class_of=lambda name: "/".join(name.split("/")[1 if has_splits else 0 : -1]),
-        strict=strict,
+        strict=clips["strict"],
     )
     if has_splits:
         chosen = [name for name in names if split in ("all", name.split("/", 1)[0])]
     else:
         # Only videos that can be used are divided: a broken one must not be all that a split gets.
-        sampling = Sampling(num_frames, frame_stride, fps, short_videos)
-        skips = short_videos == "skip"
-        long_enough = {entry.path for entry in found.entries if not (skips and sampling.is_short(entry))}
+        sampling = Sampling.of(clips)
+        long_enough = {entry.path for entry in found.entries if not sampling.skips(entry)}
         usable = [name for name in names if str(Path(str(root)) / name) in long_enough]
         kept = split_by_name(usable, test_fraction, split)
         if usable and not kept:
@@ -110,17 +100,7 @@ def folder(
     return ClipDataset(
         found.entries,
         found.classes,
-        num_frames=num_frames,
-        frame_stride=frame_stride,
-        fps=fps,
-        resolution=resolution,
-        crop=crop,
-        horizontal_flip=horizontal_flip,
-        short_videos=short_videos,
-        clips_per_opening=clips_per_opening,
-        seed=seed,
-        cache=cache,
-        strict=strict,
         name=f"{root}, {split}",
         broken=found.broken,
+        **clips,
     )

@@ -1,6 +1,5 @@
 """Encoded clips on disk: the normalised posterior of each, so that the diffusion stage needs no encoder."""
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -134,8 +133,6 @@ class LatentWriter:
         tensors = {"mean": mean.detach(), "std": std.detach(), "label": label}
         with _writing(self.folder), atomic_path(self.folder / _shard_name(shard)) as part:
             save_tensors({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
-            with part.open("rb") as file:  # so that the name never comes to the disk before the content
-                os.fsync(file.fileno())
 
     def finish(self) -> None:
         """Write the index that completes the folder; ValueError if shards are missing."""

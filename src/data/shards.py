@@ -16,12 +16,12 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Unpack
 from urllib.parse import urlparse
 
 from tqdm import tqdm
 
-from .clips import ClipDataset, Sampling, VideoEntry
+from .clips import ClipDataset, ClipOptions, Sampling, VideoEntry
 from .folder import check_split, split_by_name
 from .sampler import epoch_order
 from .storage import atomic_path, cache_home, exclusive, read_json, write_json
@@ -49,51 +49,53 @@ SHARDS_KEPT = 64
 
 
 def write_shards(
-    entries: Sequence[VideoEntry],
-    folder: Path,
-    *,
-    title: str,
-    classes: Sequence[str],
-    splits: Mapping[str, Sequence[str]],
-    fingerprint: str,
-    videos_per_shard: int,
+    whole: ClipDataset, splits: Mapping[str, ClipDataset], folder: Path, *, videos_per_shard: int
 ) -> int:
-    """Pack videos into ``folder/shard-000000.tar`` and so on, in a shuffled order, and write ``shards.json``.
+    """Pack a data set into ``folder/shard-000000.tar`` and so on, in a shuffled order, and ``shards.json``.
 
-    Shards are written whole or not at all; the same call goes on where an earlier one was interrupted. Equal
-    videos give equal bytes.
+    Readable videos are packed, those too short for a clip as well. Shards are written whole or not at all;
+    the same call goes on where an earlier one was interrupted. Equal videos give equal bytes.
 
     Args:
-        entries: the videos.
+        whole: all of the data set.
+        splits: its splits, by name.
         folder: is made.
-        title: of the data set.
-        classes: their names, in the order of labels.
-        splits: of each video, by its path.
-        fingerprint: of the data set.
         videos_per_shard: at most.
 
     Returns:
         How many shards were written now.
 
     Raises:
-        ValueError: if the folder holds shards of something else, or ``videos_per_shard`` is below 1.
+        ValueError: if the folder holds shards of something else or the videos themselves, if these are packed
+            already, or if ``videos_per_shard`` is below 1.
     """
+    entries = sorted(whole.readable, key=lambda entry: entry.path)
     if videos_per_shard < 1:
         raise ValueError(f"videos_per_shard must be at least 1, got {videos_per_shard}")
+    if any(entry.packed for entry in entries):
+        raise ValueError(f"{whole.name} lies in shards already; pack the files that they were made of")
+    if any(Path(entry.path).resolve().is_relative_to(folder.resolve()) for entry in entries):
+        raise ValueError(f"shards={folder} holds the videos themselves; choose a folder of its own")
+    members = {name: {entry.path for entry in split.readable} for name, split in splits.items()}
+    splits_of = [[name for name, paths in members.items() if entry.path in paths] for entry in entries]
+    title = whole.name.rpartition(",")[0]
     what = {
         "format": FORMAT,
         "title": title,
-        "fingerprint": fingerprint,
+        "fingerprint": whole.fingerprint,
+        "classes": list(whole.classes),
         "videos_per_shard": videos_per_shard,
+        "splits": _key(json.dumps(splits_of)),
     }
     found = read_json(folder / INDEX)
-    if found is not None and any(found.get(key) != value for key, value in what.items()):
-        raise ValueError(
-            f"{folder} holds shards of {found.get('title')} ({str(found.get('fingerprint'))[:12]}…, "
-            f"{found.get('videos_per_shard')} videos each), not of {title} ({fingerprint[:12]}…, "
-            f"{videos_per_shard} each); choose another folder: shards=FOLDER"
-        )
-    index = found or {**what, "classes": list(classes), "complete": False, "shards": []}
+    if found is not None:
+        lines = [f"    {k}: {found.get(k)} -> {value}" for k, value in what.items() if found.get(k) != value]
+        if lines:
+            raise ValueError(
+                f"{folder} holds shards of something else:\n" + "\n".join(lines) + "\nChoose another folder: "
+                "shards=FOLDER, or delete it to pack anew"
+            )
+    index = found or {**what, "complete": False, "shards": []}
     root = os.path.commonpath([os.path.dirname(os.path.abspath(entry.path)) for entry in entries])
     order = epoch_order(len(entries), 0, 0)
     starts = range(0, len(order), videos_per_shard)
@@ -105,8 +107,7 @@ def write_shards(
             known = index["shards"][number] if number < len(index["shards"]) else None
             if known is None or _size(folder / name) != known["num_bytes"]:
                 records = [
-                    {**_record(entries[i], root), "key": f"{i:08d}", "splits": list(splits[entries[i].path])}
-                    for i in chosen
+                    {**_record(entries[i], root), "key": f"{i:08d}", "splits": splits_of[i]} for i in chosen
                 ]
                 with atomic_path(folder / name) as part:
                     _pack(part, [entries[i] for i in chosen], records)
@@ -246,7 +247,7 @@ def read_index(root: str) -> tuple[dict[str, Any], Callable[[str], str] | None]:
         FileNotFoundError: if there are no shards; ValueError: if their packing wasn't finished.
     """
     if is_remote(root):
-        folder = cache_home() / "shards" / sha256_of_text(root)[:24]
+        folder = cache_home() / "shards" / _key(root)
         _download(f"{root.rstrip('/')}/{INDEX}", folder / INDEX)
         index = read_json(folder / INDEX)
         if index is None:
@@ -272,9 +273,8 @@ def read_index(root: str) -> tuple[dict[str, Any], Callable[[str], str] | None]:
     return index, fetch
 
 
-def sha256_of_text(text: str) -> str:
-    """SHA-256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
+def _key(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _index_of_others(root: Path) -> dict[str, Any]:
@@ -282,7 +282,7 @@ def _index_of_others(root: Path) -> dict[str, Any]:
     archives = sorted(path for path in root.rglob("*.tar") if not path.name.startswith("."))
     if not archives:
         raise FileNotFoundError(f"no shards: {root} holds neither {INDEX} nor a .tar file.\n{HINT}")
-    kept = cache_home() / "index" / f"shards-{sha256_of_text(str(root.resolve()))[:24]}.json"
+    kept = cache_home() / "index" / f"shards-{_key(str(root.resolve()))}.json"
     stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in archives]
     known = read_json(kept)
     if known is not None and known.get("stamps") == stamps and known.get("format") == FORMAT:
@@ -370,17 +370,7 @@ def shards(
     *,
     split: str,
     test_fraction: float,
-    num_frames: int,
-    frame_stride: int,
-    fps: float | None,
-    resolution: int | tuple[int, int],
-    crop: str,
-    horizontal_flip: bool,
-    short_videos: str,
-    clips_per_opening: int,
-    seed: int,
-    cache: str | None,
-    strict: bool,
+    **clips: Unpack[ClipOptions],
 ) -> ClipDataset:
     """Clips of a data set in WebDataset tar shards, in a folder or under a URL (then with `webdataset`).
 
@@ -394,7 +384,7 @@ def shards(
     if root is None:
         raise FileNotFoundError(f"no shards: dataset.root is not set.\n{HINT}")
     index, fetch = read_index(str(root))
-    sampling = Sampling(num_frames, frame_stride, fps, short_videos)
+    sampling = Sampling.of(clips)
     videos: list[tuple[VideoEntry, list[str] | None]] = []
     missing = []
     for shard in index["shards"]:
@@ -412,31 +402,21 @@ def shards(
     if any(splits is not None for _, splits in videos):
         chosen = [entry for entry, splits in videos if split == "all" or split in (splits or ())]
     else:
-        usable = [entry.path for entry, _ in videos if short_videos != "skip" or not sampling.is_short(entry)]
-        kept = set(split_by_name(usable, test_fraction, split))
-        chosen = [e for e, _ in videos if e.path in kept or e.path not in set(usable)]
+        usable = [entry.path for entry, _ in videos if not sampling.skips(entry)]
+        elsewhere = set(usable) - set(split_by_name(usable, test_fraction, split))
+        chosen = [entry for entry, _ in videos if entry.path not in elsewhere]
     if not chosen and not missing:
         raise ValueError(f"the shards in {root} hold no video of the split {split!r}")
     broken = [VideoError(name, reason) for name, reason in index.get("broken", {}).items()] + missing
-    if strict and broken:
+    if clips["strict"] and broken:
         raise broken[0]
     return ClipDataset(
         chosen,
         index["classes"],
-        num_frames=num_frames,
-        frame_stride=frame_stride,
-        fps=fps,
-        resolution=resolution,
-        crop=crop,
-        horizontal_flip=horizontal_flip,
-        short_videos=short_videos,
-        clips_per_opening=clips_per_opening,
         fetch=fetch,
-        seed=seed,
-        cache=cache,
-        strict=strict,
         name=f"{index['title']}, {split}",
         broken=broken,
+        **clips,
     )
 
 

@@ -1,8 +1,9 @@
 """Sky Time-lapse: clips of moving clouds, 640x360 (Xiong et al., CVPR 2018)."""
 
 from pathlib import PurePosixPath
+from typing import Unpack
 
-from .clips import ClipDataset, FoundVideos, find_videos
+from .clips import ClipDataset, ClipOptions, FoundVideos, find_videos
 from .counts import Count
 from .folder import check_split, require_videos
 
@@ -23,17 +24,7 @@ def sky(
     *,
     split: str,
     subset: str,
-    num_frames: int,
-    frame_stride: int,
-    fps: float | None,
-    resolution: int | tuple[int, int],
-    crop: str,
-    horizontal_flip: bool,
-    short_videos: str,
-    clips_per_opening: int,
-    seed: int,
-    cache: str | None,
-    strict: bool,
+    **clips: Unpack[ClipOptions],
 ) -> ClipDataset:
     """Clips of Sky Time-lapse, without classes.
 
@@ -52,24 +43,14 @@ def sky(
         raise FileNotFoundError(
             f"no Sky Time-lapse: {root} holds {len(names)} videos, but none in {' or '.join(parts)}.\n{HINT}"
         )
-    found = find_videos(str(root), names=chosen, class_of=lambda name: "", strict=strict)
+    found = find_videos(str(root), names=chosen, class_of=lambda name: "", strict=clips["strict"])
     return ClipDataset(
         found.entries,
         found.classes,
-        num_frames=num_frames,
-        frame_stride=frame_stride,
-        fps=fps,
-        resolution=resolution,
-        crop=crop,
-        horizontal_flip=horizontal_flip,
-        short_videos=short_videos,
-        clips_per_opening=clips_per_opening,
-        seed=seed,
-        cache=cache,
-        strict=strict,
         name=f"Sky Time-lapse, {subset}, {split}",
         broken=found.broken,
         counts=_counts(found, parts),
+        **clips,
     )
 
 

@@ -1,8 +1,9 @@
 """Taichi-HD: people doing Tai chi, cropped to squares (Siarohin et al., NeurIPS 2019)."""
 
 from pathlib import PurePosixPath
+from typing import Unpack
 
-from .clips import ClipDataset, find_videos
+from .clips import ClipDataset, ClipOptions, find_videos
 from .counts import Count
 from .folder import check_split, require_videos
 
@@ -23,17 +24,7 @@ def taichi(
     *,
     split: str,
     subset: str,
-    num_frames: int,
-    frame_stride: int,
-    fps: float | None,
-    resolution: int | tuple[int, int],
-    crop: str,
-    horizontal_flip: bool,
-    short_videos: str,
-    clips_per_opening: int,
-    seed: int,
-    cache: str | None,
-    strict: bool,
+    **clips: Unpack[ClipOptions],
 ) -> ClipDataset:
     """Clips of Taichi-HD, without classes.
 
@@ -52,24 +43,14 @@ def taichi(
         raise FileNotFoundError(
             f"no Taichi-HD: {root} holds {len(names)} videos, but none in {' or '.join(parts)}.\n{HINT}"
         )
-    found = find_videos(str(root), names=chosen, class_of=lambda name: "", strict=strict)
+    found = find_videos(str(root), names=chosen, class_of=lambda name: "", strict=clips["strict"])
     return ClipDataset(
         found.entries,
         found.classes,
-        num_frames=num_frames,
-        frame_stride=frame_stride,
-        fps=fps,
-        resolution=resolution,
-        crop=crop,
-        horizontal_flip=horizontal_flip,
-        short_videos=short_videos,
-        clips_per_opening=clips_per_opening,
-        seed=seed,
-        cache=cache,
-        strict=strict,
         name=f"Taichi-HD, {subset}, {split}",
         broken=found.broken,
         counts=_counts(chosen, parts),
+        **clips,
     )
 
 

@@ -1,9 +1,12 @@
 """UCF-101: 13,320 videos of 101 human actions, 320x240 at 25 frames per second (Soomro et al., 2012)."""
 
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Unpack
 
-from .clips import ClipDataset, find_videos
+from .clips import ClipDataset, ClipOptions, find_videos
 from .counts import Count, named, refuse_twice
 from .folder import check_split, require_videos
 
@@ -32,13 +35,26 @@ SOURCE = "Soomro et al. 2012"
 SPLIT_SIZES = {"1": (9_537, 3_783), "2": (9_586, 3_734), "3": (9_624, 3_696)}
 
 
+def _list_folders(root: str) -> Iterator[Path]:
+    """Where the lists may lie: in the root or up to two folders deep, but not where frames of a video are."""
+    folders = [Path(root)]
+    for _ in range(3):
+        yield from folders
+        folders = sorted(
+            Path(entry.path)
+            for folder in folders
+            for entry in os.scandir(folder)
+            if entry.is_dir() and not class_of(entry.name)
+        )
+
+
 def _official_list(root: str, kind: str, number: str) -> set[str] | None:
     """Read the names (without extension) in trainlist01.txt or its kin, from under the root; None without."""
     file_name = f"{kind}list0{number}.txt"
-    found = [path for depth in ("", "*/", "*/*/") for path in sorted(Path(root).glob(depth + file_name))]
-    if not found:
+    found = next((path for folder in _list_folders(root) if (path := folder / file_name).is_file()), None)
+    if found is None:
         return None
-    lines = found[0].read_text(encoding="utf-8").splitlines()
+    lines = found.read_text(encoding="utf-8").splitlines()
     return {PurePosixPath(line.split()[0]).stem for line in lines if line.strip()}
 
 
@@ -47,17 +63,7 @@ def ucf101(
     *,
     split: str,
     subset: str,
-    num_frames: int,
-    frame_stride: int,
-    fps: float | None,
-    resolution: int | tuple[int, int],
-    crop: str,
-    horizontal_flip: bool,
-    short_videos: str,
-    clips_per_opening: int,
-    seed: int,
-    cache: str | None,
-    strict: bool,
+    **clips: Unpack[ClipOptions],
 ) -> ClipDataset:
     """Clips of UCF-101, labelled by action (in the order of the names, as in the official classInd.txt).
 
@@ -87,24 +93,14 @@ def ucf101(
                 f"none of the {len(names)} videos under {root} is in the official list of {subset}, {split}; "
                 "use dataset.subset=all, or complete the videos"
             )
-    found = find_videos(str(root), names=names, class_of=class_of, strict=strict).only(chosen)
+    found = find_videos(str(root), names=names, class_of=class_of, strict=clips["strict"]).only(chosen)
     return ClipDataset(
         found.entries,
         found.classes,
-        num_frames=num_frames,
-        frame_stride=frame_stride,
-        fps=fps,
-        resolution=resolution,
-        crop=crop,
-        horizontal_flip=horizontal_flip,
-        short_videos=short_videos,
-        clips_per_opening=clips_per_opening,
-        seed=seed,
-        cache=cache,
-        strict=strict,
         name=f"UCF-101, {subset}, {split}",
         broken=found.broken,
         counts=_counts(str(root), names),
+        **clips,
     )
 
 
@@ -117,7 +113,7 @@ def _counts(root: str, names: list[str]) -> list[Count]:
         for kind in ("train", "test")
     }
     known = (lists["train", "1"] or set()) | (lists["test", "1"] or set())
-    missing = f"missing {named(known - here)}" if known - here else ""
+    missing = f"missing {named(sorted(known - here))}" if known - here else ""
     counts = [
         Count("videos", len(names), 13_320, SOURCE, missing),
         Count("classes", len({class_of(name) for name in names}), 101, SOURCE),
@@ -126,7 +122,7 @@ def _counts(root: str, names: list[str]) -> list[Count]:
         if listed is not None:
             expected = SPLIT_SIZES[number][kind == "test"]
             what = f"{kind}ing videos of split {number}"
-            remark = f"missing {named(listed - here)}" if listed - here else ""
+            remark = f"missing {named(sorted(listed - here))}" if listed - here else ""
             counts.append(
                 Count(what, len(listed & here), expected, f"official {kind}list0{number}.txt", remark)
             )

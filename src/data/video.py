@@ -384,10 +384,8 @@ def _video_stream(path: VideoPath, container: InputContainer) -> av.VideoStream:
         raise VideoError(path, "there is no video stream in it")
 
     def rank(stream: av.VideoStream) -> tuple[bool, int]:
-        context = stream.codec_context
-        area = (
-            0 if context is None else context.width * context.height
-        )  # None where no decoder knows its codec
+        context = stream.codec_context  # None where no decoder knows its codec
+        area = 0 if context is None else context.width * context.height
         return bool(stream.disposition & stream.disposition.default), area
 
     return max(streams, key=rank)

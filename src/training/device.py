@@ -178,7 +178,7 @@ def leave(status: int) -> None:
 
     What is registered for a program's end is done; only the interpreter isn't taken apart. Gloo's threads may
     still hold a tensor then, for whose release they would need the interpreter, and abort: a finished run
-    would end with status -6 every hundredth time. Nor can the group be taken apart before, once
+    would now and then end with status -6. Nor can the group be taken apart before, once
     `DistributedDataParallel` has used it (PyTorch 2.13 keeps it).
     """
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":

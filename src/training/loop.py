@@ -243,7 +243,7 @@ def train(
 
     def keep_best(numbers: Mapping[str, float]) -> None:
         name = settings.best_metric
-        if name is None or not math.isfinite(numbers[name]):
+        if name is None:
             return
         best = state.progress.get("best")
         if best is not None and best["metric"] != name:

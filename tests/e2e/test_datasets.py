@@ -92,3 +92,11 @@ def test_a_second_look_touches_only_what_has_changed(
         told = verb(tmp_path, "prepare", *arguments, f"index={tmp_path}/index.csv").stdout
         fingerprints.append(told.rpartition("fingerprint ")[2])
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    packing = [f"shards={tmp_path}/shards", "videos_per_shard=3"]
+    told = verb(tmp_path, "prepare", *arguments, f"index={tmp_path}/index.csv", *packing).stdout
+    assert "(3 written now, 7 videos)" in told and len(list((tmp_path / "shards").glob("*.tar"))) == 3
+    packed = ["dataset=shards", f"dataset.root={tmp_path}/shards", f"index={tmp_path}/packed.csv"]
+    assert fingerprints[2].split(")")[0] in verb(tmp_path, "prepare", *packed).stdout
+    assert (tmp_path / "packed.csv").read_text() == (tmp_path / "index.csv").read_text()
+    refused = verb(tmp_path, "prepare", *packed, f"shards={tmp_path}/again", check=False)
+    assert refused.returncode == 2 and "lies in shards already" in refused.stderr

@@ -140,3 +140,18 @@ def test_a_damaged_config_is_named(content: bytes, tmp_path: Path) -> None:
 def test_a_name_that_is_no_folder_of_its_own_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="is no name for a folder under"):
         run_folder(composed("train", "+experiment=tiny", f"name='{name}'"))
+
+
+@pytest.mark.parametrize("dataset", ["ucf101", "sky", "taichi", "folder", "shards"])
+def test_options_of_clips_are_checked_at_the_door(dataset: str) -> None:
+    """They are typed as a whole, and refused one by one."""
+    common = ["train", "+experiment=tiny", f"dataset={dataset}", "dataset.root=x"]
+    check(composed(*common, "dataset.short_videos=pad"), TrainConfig)
+    for wrong, message in {
+        "+dataset.short_video=pad": r"dataset\.short_video\b.*short_videos",
+        "dataset.num_frames=many": r"dataset\.num_frames must be int",
+        "dataset.fps=fast": r"dataset\.fps must be",
+        "dataset.strict=3": r"dataset\.strict must be bool",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            check(composed(*common, wrong), TrainConfig)

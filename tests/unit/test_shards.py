@@ -55,16 +55,10 @@ def videos(tmp_path: Path) -> Path:
 
 
 def pack(root: Path, target: Path, videos_per_shard: int = 4, **changes: Any) -> int:
-    whole = folder(str(root), split="all", **(COMMON | changes))
-    parts = {split: folder(str(root), split=split, **(COMMON | changes)) for split in ("train", "test")}
-    members = {name: {e.path for e in (*part.entries, *part.too_short)} for name, part in parts.items()}
-    skipped = [entry for entry in whole.too_short if entry not in whole.entries]
-    entries = sorted([*whole.entries, *skipped], key=lambda entry: entry.path)
-    return write_shards(
-        entries, target, title="mine", classes=whole.classes, fingerprint=whole.fingerprint,
-        splits={e.path: [name for name, paths in members.items() if e.path in paths] for e in entries},
-        videos_per_shard=videos_per_shard,
-    )  # fmt: skip
+    whole, train, test = (
+        folder(str(root), split=split, **(COMMON | changes)) for split in ("all", "train", "test")
+    )
+    return write_shards(whole, {"train": train, "test": test}, target, videos_per_shard=videos_per_shard)
 
 
 def same(one: ClipDataset, other: ClipDataset, positions: range = range(40)) -> None:
@@ -137,7 +131,11 @@ def test_an_interrupted_packing_goes_on(
     ]
     assert digests[0] == digests[1]
     assert pack(videos, tmp_path / "packed") == 0
-    with pytest.raises(ValueError, match=r"holds shards of mine .* 4 videos each\), not of mine"):
+    with pytest.raises(ValueError, match=r"something else:\n    splits: "):  # other videos are for testing
+        pack(videos, tmp_path / "packed", test_fraction=0.5)
+    with pytest.raises(ValueError, match="holds the videos themselves"):
+        pack(videos, videos)
+    with pytest.raises(ValueError, match=r"something else:\n    videos_per_shard: 4 -> 5\n"):
         pack(videos, tmp_path / "packed", videos_per_shard=5)
 
 
