@@ -138,14 +138,12 @@ def told_processes(command: list[str]) -> int:
     """How many processes the command line of ``accelerate launch`` asks for; 1 for any other command."""
     names = [Path(part).name for part in command]
     where = next((i for i, name in enumerate(names) if name.startswith("accelerate")), len(names))
-    if names[where : where + 1] in (["accelerate-launch"], ["accelerate.commands.launch"]):
-        start = where
-    elif names[where + 1 : where + 2] == ["launch"]:
-        start = where + 1
-    else:
+    if names[where : where + 1] not in (["accelerate-launch"], ["accelerate.commands.launch"]) and (
+        names[where + 1 : where + 2] != ["launch"]
+    ):
         return 1
     options: dict[str, str] = {}
-    for part, after in itertools.pairwise([*command[start + 1 :], ""]):
+    for part, after in itertools.pairwise([*command[where:], ""]):
         if not part.startswith("--"):
             continue
         key, _, value = part.lstrip("-").partition("=")

@@ -22,7 +22,7 @@ from .ema import Averages
 from .interruption import Interrupted, StopRequests
 from .learning_rate import learning_rate_factor
 from .numbers import REMEDY, NonFiniteError, Pending
-from .sharding import is_sharded, synchronize, whole, whole_weights
+from .sharding import is_sharded, whole, whole_weights
 from .tracker import Tracker
 
 Resume = Literal["auto", "must", "never"]
@@ -312,8 +312,6 @@ def train(
             synchronized = False
             while not synchronized:
                 with accelerator.accumulate(*modules.values()):
-                    for module in modules.values():
-                        synchronize(module, accelerator.sync_gradients)
                     with console.waiting():
                         batch = next(source)
                     for update in stage.updates(modules, batch, step):

@@ -77,12 +77,6 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def synchronize(module: nn.Module, wanted: bool) -> None:
-    """Says whether the next backward pass of a sharded module shares its gradients."""
-    if isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(wanted)
-
-
 def whole(tensor: Tensor) -> Tensor:
     """The tensor put together; for a sharded one all processes must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -48,7 +48,14 @@ def test_a_layout_is_prepared_trained_encoded_and_measured(
     assert len(index) == {"sky": 9, "taichi": 7}.get(name, 8)
     assert all(len(row["sha256"]) == 64 and int(row["frames"]) >= 5 for row in index)
 
-    small = [*data, "dataset.resolution=32", f"dataset.cache={tmp_path}/cache", f"runs={tmp_path}/runs"]
+    rate = ["dataset.fps=20"] if name == "taichi" else []
+    small = [
+        *data,
+        *rate,
+        "dataset.resolution=32",
+        f"dataset.cache={tmp_path}/cache",
+        f"runs={tmp_path}/runs",
+    ]
     steps = [
         "train.num_steps=6",
         "train.save_every=0",
@@ -65,11 +72,12 @@ def test_a_layout_is_prepared_trained_encoded_and_measured(
     )  # fmt: skip
     model = f"{tmp_path}/runs/tiny/model"
     verb(
-        tmp_path, "evaluate", f"model={model}", *small[:2], "protocol=quick", "protocol.num_real=4",
+        tmp_path, "evaluate", f"model={model}", *data, "protocol=quick", "protocol.num_real=4",
         "protocol.num_generated=4", "protocol.features=null",
     )  # fmt: skip
     scores = json.loads((tmp_path / "runs/tiny/evaluation.json").read_text())
     record = yaml.safe_load((tmp_path / "runs/tiny/model/config.yaml").read_text())["data"]
+    assert record["target_fps"] == (20 if rate else None)  # which the evaluation follows
     assert scores["dataset_fingerprint"] == record["fingerprint"] and not any(
         "differs" in note for note in scores["notes"]
     )

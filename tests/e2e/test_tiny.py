@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from src.data.storage import held
 from src.reporting.runs import load_run
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +105,22 @@ def check_before_encoding(model: Path) -> None:
         together, alone = (generator.sample_window(seeds, None) for seeds in ([15, 16, 17], [17]))
         videos = generator.decode(together)[2:], generator.decode(alone)
     torch.testing.assert_close(*videos, rtol=0, atol=1e-4)
+
+
+def test_a_run_is_trained_by_one_at_a_time_and_told_of_changed_data(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "runs/tiny", tmp_path / "runs/tiny")
+    shutil.copytree(home / "runs/tiny_autoencoder", tmp_path / "runs/tiny_autoencoder")
+    command = ["+experiment=tiny", f"runs={tmp_path}/runs", *at(home)[1:], "train.num_steps=31"]
+    command.append(f"latents={home}/runs/tiny_autoencoder/latents")
+    command.append(f"autoencoder_from={home}/runs/tiny_autoencoder/model")
+    with held(tmp_path / "runs/tiny/.lock", "held"):
+        refused = verb(tmp_path, "train", *command, check=False)
+    assert refused.returncode == 2 and "is being trained already" in refused.stderr
+    record = json.loads((tmp_path / "runs/tiny/run.json").read_text())
+    record["starts"][-1]["data_fingerprint"] = "0" * 64
+    (tmp_path / "runs/tiny/run.json").write_text(json.dumps(record))
+    told = verb(tmp_path, "train", *command).stderr
+    assert "have changed since it was last trained (fingerprint 000000000000 ->" in told
 
 
 def test_long_videos_have_the_length_that_was_asked_for(home: Path) -> None:

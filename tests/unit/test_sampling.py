@@ -156,6 +156,14 @@ def test_a_random_crop_takes_every_place_and_stays_for_a_clip(tmp_path: Path) ->
     assert min(lefts) < 6 and max(lefts) > 58 and len(set(lefts)) > 30
     assert 28 < float(np.mean(lefts)) < 36  # uniform over 0 to 64; its deviation here is 2.4
     assert data.held_out(0)["frames"][0, 0, 0, 0].item() == 64  # from the middle
+    # Clips of one visit are cropped each at its own place.
+    visited = dataset(
+        tmp_path / "videos", resolution=32, crop="random_crop", num_frames=3, clips_per_opening=4
+    )
+    for one, other in zip(
+        visited.__getitems__([0, 1, 2, 3]), map(visited.__getitem__, range(4)), strict=True
+    ):
+        assert torch.equal(one["frames"], other["frames"])
     again = dataset(tmp_path / "videos", resolution=32, crop="random_crop", num_frames=3)
     assert torch.equal(again[7]["frames"], data[7]["frames"])
     with pytest.raises(ValueError, match="holds one crop of each"):
@@ -182,9 +190,11 @@ def test_an_image_that_changes_in_place_is_noticed(tmp_path: Path) -> None:
     folder = tmp_path / "video"
     folder.mkdir()
     for t in range(5):
-        Image.new("RGB", (16, 16), (t, 0, 0)).save(folder / f"{t}.png")
+        Image.new("RGB", (16, 16), (t, 0, 0)).save(folder / f"{t}.bmp")
     before = dataset(tmp_path).fingerprint
-    Image.new("RGB", (16, 16), (200, 0, 0)).save(folder / "2.png")
+    size = (folder / "2.bmp").stat().st_size
+    Image.new("RGB", (16, 16), (200, 0, 0)).save(folder / "2.bmp")
+    assert (folder / "2.bmp").stat().st_size == size
     assert dataset(tmp_path).fingerprint != before
 
 

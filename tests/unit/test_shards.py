@@ -247,6 +247,7 @@ def test_the_order_of_remote_items_takes_few_groups_at_a_time() -> None:
         for begin in range(0, 400, 10 * GROUPS_AT_ONCE):
             window = {groups[item] for item in order[begin : begin + 10 * GROUPS_AT_ONCE]}
             assert len(window) == GROUPS_AT_ONCE
+            assert len({groups[item] for item in order[begin : begin + 10]}) > 2, "they are mixed"
     assert orders[0] != orders[1] and orders[0] == epoch_order(400, 0, 0, groups)
 
 
