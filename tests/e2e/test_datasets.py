@@ -47,6 +47,7 @@ def test_a_layout_is_prepared_trained_encoded_and_measured(
     index = list(csv.DictReader((tmp_path / "index.csv").open()))
     assert len(index) == {"sky": 9, "taichi": 7}.get(name, 8)
     assert all(len(row["sha256"]) == 64 and int(row["frames"]) >= 5 for row in index)
+    assert [row["status"] for row in index].count("too short") == (name == "sky")
 
     rate = ["dataset.fps=20"] if name == "taichi" else []
     small = [
