@@ -4,16 +4,17 @@ A sharded module computes what the whole one does: weights are gathered block by
 What is written to disk is whole, so that a run can go on sharded or not, on any number of processes.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from accelerate import Accelerator
 from accelerate.utils import convert_outputs_to_fp32
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # Parameters that are gathered together: a larger block is taken apart, a smaller one stays with the rest.
 SMALLEST_BLOCK, LARGEST_BLOCK = 100_000, 40_000_000
@@ -27,6 +28,10 @@ def shard(module: nn.Module, accelerator: Accelerator, *, trained: bool) -> None
         accelerator: of the run; a trained module computes in its precision.
         trained: whether it is trained, or only an average of what is.
     """
+    # Imported where something is sharded: half a second that no other run need wait.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     # Nothing here writes into what a network returns.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
@@ -74,17 +79,23 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether the module's parameters are spread over processes, all of which must then call it together."""
-    return isinstance(module, FSDPModule)
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    return loaded is not None and isinstance(module, loaded.FSDPModule)
+
+
+def _is_part(tensor: Tensor) -> "TypeGuard[DTensor]":
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(tensor, loaded.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor put together; for a sharded one all processes must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_part(tensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, in the same memory and without gradients; else the tensor."""
-    if not isinstance(tensor, DTensor):
+    if not _is_part(tensor):
         return tensor
     part: Tensor = tensor.to_local()
     return part.detach()
@@ -92,8 +103,10 @@ def local(tensor: Tensor) -> Tensor:
 
 def spread_like(value: Tensor, like: Tensor) -> Tensor:
     """A whole value as ``like`` is spread over processes, without asking any of them."""
-    if not isinstance(like, DTensor):
+    if not _is_part(like):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     moved = value.to(like.device).contiguous()
     return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
 
