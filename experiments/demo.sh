@@ -15,6 +15,6 @@ run encode model=runs/demo_autoencoder/model dataset=synthetic dataset.num_frame
 run train +experiment=demo
 run sample model=runs/demo/model num_samples=12 sampler.num_sampling_steps=25
 run sample model=runs/demo/model num_samples=1 num_frames=128 plan.num_given=2 output=runs/demo/long sampler.num_sampling_steps=25
-run evaluate model=runs/demo/model dataset=synthetic protocol=quick protocol.num_real=32 protocol.num_generated=32 compare_untrained=true sampler.num_sampling_steps=25
+run evaluate model=runs/demo/model dataset=synthetic protocol=quick protocol.num_real=32 protocol.num_generated=32 num_reconstructed=32 compare_untrained=true sampler.num_sampling_steps=25
 run report 'runs=[runs/demo_autoencoder,runs/demo]' output=runs/demo/report.html
 printf '\n[%4ds] done: open runs/demo/report.html, or: tensorboard --logdir runs\n' "$((SECONDS - began))"

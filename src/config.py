@@ -252,19 +252,23 @@ class EvaluateConfig:
     """Top-level keys of ``python -m src.evaluate``."""
 
     model: str | None
-    samples: str | None
+    videos: Any
     output: str | None
     first_seed: int
     batch_size: int
     noise_level: int
     compare_untrained: bool
-    i3d: str | None
-    seed: int
+    num_positions: int
+    num_replicates: int
+    num_reconstructed: int
+    num_candidates: int | None
+    weights: str | None
     machine: MachineSettings
     guidance: GuidanceSettings
     sampler: Any
     dataset: Any
     protocol: Any
+    perceptual: Any = None
 
 
 @dataclass(kw_only=True)

@@ -1,13 +1,11 @@
 """Measure a model or some videos: ``python -m src.evaluate model=runs/ucf101/model dataset=ucf101``."""
 
-import json
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from .config import (
     CLIP_FACTS,
@@ -25,209 +23,153 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .data.clips import ClipDataset
+    from .evaluation.checking import NearestClips
+    from .evaluation.comparing import Following, Videos
+    from .evaluation.measuring import ClipSet
+    from .metrics.drift import Drift
     from .metrics.features import FeatureExtractor
+    from .metrics.protocol import Protocol
     from .model_folder import DataRecord, DiffusionModel
-    from .training.share import Share
-
-NUM_SHOWN = 8
-FOLDER_OF_SAMPLES = {
-    "_target_": ".data.folder.folder",
-    "test_fraction": 0.0,
-    "frame_stride": 1,
-    "fps": None,
-    "crop": "center_crop",
-    "horizontal_flip": False,
-    "short_videos": "skip",
-    "clips_per_opening": 1,
-    "cache": None,
-    "strict": False,
-}
-
-
-@dataclass
-class Summary:
-    """What is kept of a set of videos: features and plain statistics, never the videos themselves.
-
-    Args:
-        features: of the extractor, ``n d``; None without one.
-        pixels: small versions as vectors, ``n d``, for distances between videos.
-        contrast: mean over videos and frames.
-        motion: mean over videos and pairs of neighbouring frames.
-        shown: the first few videos, ``b c t h w``.
-    """
-
-    features: "Tensor | None"
-    pixels: "Tensor"
-    contrast: float
-    motion: float
-    shown: "Tensor"
 
 
 @verb("evaluate", EvaluateConfig)
 def main(cfg: DictConfig) -> None:
-    """Writes ``evaluation.json``: distances named by their protocol, plain statistics, reconstruction."""
-    import torch
-
-    from .metrics.features import I3D_RESIZE, i3d_features
-    from .metrics.frechet import GaussianStatistics, frechet_distance
-    from .metrics.i3d import MIN_FRAMES, load_i3d
-    from .metrics.kernel import kernel_distance
-    from .metrics.protocol import Protocol
-    from .metrics.video_statistics import mean_pairwise_distance, nearest
-    from .model_folder import load_diffusion
+    """Writes ``evaluation.json``: distances by their protocol, plain statistics, reconstruction."""
+    from .data.storage import write_json
+    from .evaluation.checking import nearest_clips, plain_statistics, reconstruction
+    from .evaluation.comparing import Following, distances
+    from .evaluation.measuring import NUM_SHOWN, Measuring
+    from .metrics.i3d import WEIGHTS_SHA256
+    from .model_folder import fingerprint, load_diffusion
     from .training.device import pick_device
     from .training.share import Share
 
-    if (cfg.model is None) == (cfg.samples is None):
-        raise ConfigError("give either model=FOLDER (videos are sampled) or samples=FOLDER (of videos)")
-    typed(cfg, "machine", MachineSettings)
-    scale = typed(cfg, "guidance", GuidanceSettings).scale
-    share = Share()
-    device = pick_device()
+    if (cfg.model is None) == (cfg.videos is None):
+        raise ConfigError("give either model=FOLDER (videos are sampled) or videos=PATH (made before)")
+    if cfg.num_positions != 1 and cfg.videos is None:
+        raise ConfigError(
+            f"num_positions={cfg.num_positions} is for long videos that were made before: sample them "
+            "(src.sample num_frames=…) and give them as videos=FOLDER"
+        )
+    if cfg.compare_untrained and cfg.model is None:
+        raise ConfigError("compare_untrained=true needs model=FOLDER, there is no network behind videos=PATH")
+    protocol: Protocol = build(cfg.protocol)
+    share, device = Share(), pick_device()
     model = None if cfg.model is None else load_diffusion(cfg.model).to(device)
-    if cfg.samples is not None and not Path(cfg.samples).is_dir():
-        raise FileNotFoundError(f"no folder of videos at samples={cfg.samples}")
-
-    node = clip_geometry(cfg.dataset, None if model is None else model.data)
-    extractor: Callable[[torch.Tensor], torch.Tensor] | None = None
-    if cfg.protocol.features == "i3d":
-        if node["num_frames"] < MIN_FRAMES:
-            raise ConfigError(
-                f"I3D needs at least {MIN_FRAMES} frames, clips here have {node['num_frames']}; measure "
-                "longer ones (dataset.num_frames), or do without features: protocol.features=null"
-            )
-        network = load_i3d(cfg.i3d).to(device)
-        extractor = lambda video: i3d_features(network, video)  # noqa: E731
-    elif cfg.protocol.features is not None:
-        raise ConfigError(f"protocol.features={cfg.protocol.features} is unknown; choose i3d or null")
-
+    node = clip_geometry(cfg.dataset, None if model is None else model.data, protocol)
+    output = output_path(cfg)
+    extractor = extractor_of(cfg, protocol, node["num_frames"], device)
+    perceptual = None if cfg.perceptual is None else build(cfg.perceptual).to(device)
     with share.first_alone():
-        training = build(node, split=cfg.protocol.split, seed=cfg.seed)
-        held_out = build(node, split="test", seed=cfg.seed)
-    notes = [] if model is None else differences(training, model)
-    num_real = min(cfg.protocol.num_real, len(training))
-    if num_real < cfg.protocol.num_real:
-        notes.append(f"only {num_real} real videos, fewer than the protocol's {cfg.protocol.num_real}")
-
-    def summary_of(clips: Clips, count: int, title: str) -> Summary:
-        return summarize(clips, share, count, cfg.batch_size, extractor, title)
-
-    real = summary_of(_real_clips(training, device), num_real, "real")
-    if model is not None:
-        num_generated = cfg.protocol.num_generated
-        clips = _generated(cfg, model, scale)
-        output = Path(cfg.output) if cfg.output else Path(cfg.model).parent / "evaluation.json"
+        real = build(node, split=protocol.split, seed=0)
+        training = real if protocol.split == "train" else build(node, split="train", seed=0)
+        held_out = build(node, split="test", seed=0)
+        given = None if cfg.videos is None else videos_given(cfg.videos, protocol, real)
+    real_content = share.from_first(lambda: real.fingerprint)
+    weights = None if model is None else share.from_first(lambda: fingerprint(Path(cfg.model)))
+    made_by: dict[str, Any]
+    if model is not None and weights is not None:
+        made_by = recipe(cfg, weights) | {"step": model.step}
+        generated = sampled(cfg, model, made_by, protocol, node["num_frames"])
     else:
-        with share.first_alone():
-            given = build(samples_node(node, cfg.samples), split="all", seed=cfg.seed)
-        num_generated = min(cfg.protocol.num_generated, len(given))
-        if num_generated < cfg.protocol.num_generated:
-            notes.append(f"only {num_generated} videos in {cfg.samples}")
-        clips = _middle_clips(given, num_generated, device)
-        samples = Path(cfg.samples)
-        beside = samples.with_name(f"{samples.name}_evaluation") / "evaluation.json"
-        output = Path(cfg.output) if cfg.output else beside
-        if samples.resolve() in output.resolve().parents:
-            raise ConfigError(
-                f"output={output} lies inside samples={samples}, where its videos would be taken for samples "
-                "the next time; choose another folder"
-            )
-    generated = summary_of(clips, num_generated, "generated")
-    summary = None
-    if model is not None and cfg.compare_untrained:
+        assert given is not None
+        made_by = {"content": share.from_first(lambda: given.fingerprint), "summary": given.summary()}
+        generated = from_files(given, made_by["content"], protocol)
+
+    measuring = Measuring(share, cfg.batch_size, device)
+    available = None if given is None else len(given)
+    following = Following(protocol, measuring, extractor, real, real_content, generated, available)
+    result = following.result(cfg.num_replicates)
+    first = protocol.seeds[0]
+    real_rows = following.real_rows(first)
+    others = {"generated": following.generated_rows(first)}
+    if cfg.compare_untrained:
         untrained = load_diffusion(cfg.model, trained=False).to(device)
-        summary = summary_of(_generated(cfg, untrained, scale), num_generated, "untrained")
+        clips = sampled(cfg, untrained, made_by | {"untrained": True}, protocol, node["num_frames"])
+        others["untrained"] = following.rows_of(clips(first, following.num_generated))
+        if extractor is not None:
+            told = distances(real_rows["features"], others["untrained"]["features"], protocol)
+            names = {f"{following.comparison.name(metric)}_untrained": told[metric] for metric in told}
+            result.metrics |= names
+    metrics = result.metrics | plain_statistics(real_rows, others)
+    copies = nearest_clips(following, training, held_out, others["generated"], cfg.num_candidates, NUM_SHOWN)
+    metrics |= copies.metrics
+    along = (
+        None
+        if given is None or cfg.num_positions == 1
+        else following.drift(given, made_by["content"], cfg.num_positions)
+    )
+    if model is not None and weights is not None:
+        metrics |= reconstruction(
+            model.autoencoder, weights, held_out, measuring, cfg.num_reconstructed, extractor, perceptual
+        )
+    notes = [*following.notes, *following.suspicions()]
     share.close()
     if share.rank > 0:
         return
 
-    protocol = Protocol(
-        features=cfg.protocol.features or "none",
-        num_real=num_real,
-        num_generated=num_generated,
-        num_frames=training.num_frames,
-        frame_stride=training.frame_stride,
-        resolution=training.resolution,
-        resize=I3D_RESIZE if cfg.protocol.features else "no resizing",
-        dataset=training.name,
-        split=cfg.protocol.split,
-        clip_choice="one random clip of each video",
-        seed=cfg.seed,
-    )
-    metrics: dict[str, float] = {}
-
-    def distances(other: Summary, suffix: str) -> None:
-        if real.features is None or other.features is None:
-            return
-        dim = real.features.shape[1]
-        a = GaussianStatistics(dim).update(real.features)
-        b = GaussianStatistics(dim).update(other.features)
-        metrics[protocol.name("frechet_distance") + suffix] = frechet_distance(a, b)
-        metrics[protocol.name("kernel_distance") + suffix] = kernel_distance(real.features, other.features)
-
-    distances(generated, "")
-    if summary is not None:
-        distances(summary, "_untrained")
-        metrics["contrast_ratio_untrained"] = summary.contrast / real.contrast
-        metrics["motion_ratio_untrained"] = summary.motion / real.motion
-
-    pairwise = mean_pairwise_distance(real.pixels)
-    candidates = _training_pixels(training, cfg.batch_size, device)
-    closest = nearest(generated.pixels, [candidates])
-    held_out_pixels = torch.cat([_pixels(video) for video in _held_out(held_out, 64, cfg.batch_size, device)])
-    metrics |= {
-        "contrast_real": real.contrast,
-        "contrast_generated": generated.contrast,
-        "contrast_ratio": generated.contrast / real.contrast,
-        "motion_real": real.motion,
-        "motion_generated": generated.motion,
-        "motion_ratio": generated.motion / real.motion,
-        "pairwise_distance_real": pairwise,
-        "pairwise_distance_generated": mean_pairwise_distance(generated.pixels),
-        "pairwise_distance_ratio": mean_pairwise_distance(generated.pixels) / pairwise,
-        "nearest_training_clip": float(closest.distances[:, 0].mean()),
-        "nearest_training_clip_of_held_out": float(
-            nearest(held_out_pixels, [candidates]).distances[:, 0].mean()
-        ),
-    }
     if model is not None:
-        metrics |= _reconstruction(model, held_out, cfg.batch_size, device)
-
-    indices = closest.indices[:NUM_SHOWN, 0].tolist()
-    shown = {
-        "real": real.shown,
-        "generated": generated.shown,
-        "nearest": _clips_at(training, indices, device).cpu(),
-    }
+        notes += differences(real, model)
+    if given is not None and (getattr(given, "too_short", None) or getattr(given, "broken", None)):
+        notes.append(f"not all given videos could be used: {given.summary()}")
+    if extractor is not None and extractor.name == "i3d" and extractor.weights_sha256 != WEIGHTS_SHA256:
+        notes.append(
+            "the I3D weights aren't exactly those of TF-Hub: compare only with numbers of the same file"
+        )
+    if real.broken:
+        notes.append(f"{len(real.broken):,} real videos are broken and left out, see python -m src.prepare")
     output.parent.mkdir(parents=True, exist_ok=True)
-    videos = _write_videos(output.parent, shown, training.fps)
+    shown = {
+        "real": real_rows["shown"],
+        "generated": others["generated"]["shown"],
+        "nearest": copies.frames,
+    }
+    sentence = following.comparison.sentence()
     record = {
         "metrics": metrics,
-        "protocol": protocol.to_dict() | {"sentence": protocol.sentence()},
-        "dataset_fingerprint": training.fingerprint,
-        "model_step": None if model is None else model.step,
-        "guidance_scale": scale,
-        "videos": videos,
+        "uncertainty": result.uncertainty,
+        "protocol": protocol.to_dict() | {"digest": protocol.digest, "sentence": sentence},
+        "comparison": comparison_record(following, extractor),
+        "generated": made_by,
+        "drift": None if along is None else along.to_dict(),
+        "copies": {"space": copies.space, "num_candidates": copies.num_candidates},
+        "videos": write_videos(output.parent, shown, real.fps),
         "notes": notes,
+        "software": software(),
+        "created": now(),
     }
-    temporary = output.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1))
-    os.replace(temporary, output)
-    print(protocol.sentence())
-    for note in notes:
-        print(f"note: {note}")
-    for name, value in metrics.items():
-        print(f"  {name:45} {value:.4g}")
+    write_nearest(output.parent / "evaluation" / "nearest.csv", copies, training)
+    write_json(output, record)
+    print_result(sentence, notes, metrics, result.uncertainty)
+    if along is not None:
+        print_drift(along)
     print(f"written to {output}")
 
 
-def clip_geometry(dataset: DictConfig, record: "DataRecord | None") -> dict[str, Any]:
-    """The dataset node, with what it leaves open (null) as in the model's training."""
-    from omegaconf import OmegaConf
+def clip_geometry(
+    dataset: DictConfig, record: "DataRecord | None", protocol: "Protocol | None" = None
+) -> dict[str, Any]:
+    """The dataset node with the protocol's clips, and what both leave open (null) as in the model's training.
 
-    node = OmegaConf.to_container(dataset, resolve=True)
-    assert isinstance(node, dict)
-    if record is not None and record.target_fps and not node.get("frame_stride") and not node.get("fps"):
+    Raises:
+        ConfigError: if the data set's options contradict the protocol, or nobody says what a clip is.
+    """
+    node: Any = OmegaConf.to_container(dataset, resolve=True)
+    decided = (
+        {} if protocol is None else {"num_frames": protocol.num_frames, "frame_stride": protocol.real_stride}
+    )
+    for fact, asked in decided.items():
+        if asked is None or protocol is None:
+            continue
+        if node.get(fact) not in (None, asked):
+            key = "real_stride" if fact == "frame_stride" else fact
+            raise ConfigError(
+                f"dataset.{fact}={node[fact]}, but protocol {protocol.name} has protocol.{key}={asked}; "
+                f"leave dataset.{fact} away, or change the protocol: protocol.{key}={node[fact]}"
+            )
+        node[fact] = asked
+    told = node.get("frame_stride") or node.get("fps")
+    if record is not None and record.target_fps and not told:
         if "fps" not in node:
             raise ConfigError(
                 f"the model was trained at {record.target_fps:g} frames per second, and dataset "
@@ -240,19 +182,139 @@ def clip_geometry(dataset: DictConfig, record: "DataRecord | None") -> dict[str,
                 raise ConfigError(f"dataset.{fact} must be given, as there is no model to take it from")
             value = getattr(record, fact)
             node[fact] = list(value) if fact == "resolution" else value
+    if protocol is not None and record is not None and record.num_frames < node["num_frames"]:
+        raise ConfigError(
+            f"the model makes clips of {record.num_frames} frames, fewer than the {node['num_frames']} that "
+            f"are compared; use protocol.num_frames={record.num_frames}, or sample longer videos first "
+            "(src.sample num_frames=…) and give them as videos=FOLDER"
+        )
     return {str(key): value for key, value in node.items()}
 
 
-def samples_node(node: dict[str, Any], folder: str) -> dict[str, Any]:
-    """A folder of videos that were made before, read with the geometry of the real ones.
+def output_path(cfg: DictConfig) -> Path:
+    """Where the result goes: beside the model folder, or beside the given videos.
 
-    The stride is that of sampling: made videos are taken frame by frame.
+    Raises:
+        ConfigError: if it would be taken for one of the given videos the next time.
     """
-    return FOLDER_OF_SAMPLES | {
-        "root": folder,
-        "num_frames": node["num_frames"],
-        "resolution": node["resolution"],
-    }
+    if cfg.videos is None:
+        return Path(cfg.output) if cfg.output else Path(cfg.model).parent / "evaluation.json"
+    several = isinstance(cfg.videos, ListConfig) or "*" in cfg.videos
+    if several and cfg.output is None:
+        raise ConfigError("several videos lie in no one place; give output=FILE.json")
+    if several:
+        return Path(cfg.output)
+    source = Path(cfg.videos)
+    if cfg.output is None:
+        return source.with_name(f"{source.name}_evaluation") / "evaluation.json"
+    output = Path(cfg.output)
+    if source.resolve() in output.resolve().parents:
+        raise ConfigError(
+            f"output={output} lies inside videos={source}, where its videos would be taken for samples the "
+            "next time; choose another folder"
+        )
+    return output
+
+
+def extractor_of(
+    cfg: DictConfig, protocol: "Protocol", num_frames: int, device: "torch.device"
+) -> "FeatureExtractor | None":
+    """The protocol's feature extractor; None if it has none.
+
+    Raises:
+        ConfigError: if clips are too short for it.
+    """
+    from .metrics.features import load_extractor
+
+    if protocol.features is None:
+        return None
+    extractor = load_extractor(protocol.features, resize=protocol.resize, weights=cfg.weights, device=device)
+    if num_frames < extractor.min_frames:
+        raise ConfigError(
+            f"{extractor.name} needs at least {extractor.min_frames} frames, clips here have {num_frames}; "
+            "measure longer ones (protocol.num_frames), or do without features: protocol.features=null"
+        )
+    return extractor
+
+
+def videos_given(source: Any, protocol: "Protocol", real: "ClipDataset") -> "Videos":
+    """Videos that were made before, frame by frame as they stand, in the size of the real ones."""
+    from .data.given import given_videos
+
+    return given_videos(
+        list(source) if isinstance(source, ListConfig) else source,
+        num_frames=real.num_frames,
+        frame_stride=protocol.generated_stride,
+        resolution=real.resolution,
+        crop=real.resize.mode,
+    )
+
+
+def from_files(videos: "Videos", content: str, protocol: "Protocol") -> "Callable[[int, int], ClipSet]":
+    """Given videos as the generated side: all of them, or of more than are needed a choice of each seed."""
+    from .data.choice import order_of_videos
+    from .evaluation.comparing import chosen_clips
+
+    def clips(seed: int, count: int) -> "ClipSet":
+        items = list(range(len(videos)))
+        if len(videos) > count:
+            items = order_of_videos([-1] * len(videos), "shuffled", seed)[:count]
+        return chosen_clips(videos, items, protocol.generated_clip, seed, "generated", content)
+
+    return clips
+
+
+def recipe(cfg: DictConfig, weights: str) -> dict[str, Any]:
+    """All that decides what a sample of a given seed looks like."""
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    decisive = ("sampler", "guidance", "noise_level", "first_seed")
+    return {"weights_sha256": weights} | {key: plain[key] for key in decisive}
+
+
+def sampled(
+    cfg: DictConfig,
+    model: "DiffusionModel",
+    made_by: dict[str, Any],
+    protocol: "Protocol",
+    num_frames: int,
+) -> "Callable[[int, int], ClipSet]":
+    """Samples of a model as the generated side, rounded to 8 bits as a file would hold them.
+
+    Sample n of the protocol's seed s, N in all, has the seed ``first_seed + s N + n``.
+    """
+    import torch
+
+    from .data.transforms import to_frames
+    from .evaluation.measuring import ClipSet
+    from .generation import require_finite
+    from .sample import labels_of
+    from .training.device import compile_in_place
+
+    machine: MachineSettings = typed(cfg, "machine", MachineSettings)
+    scale = typed(cfg, "guidance", GuidanceSettings).scale
+    generator = model.generator(build(cfg.sampler), guidance_scale=scale, noise_level=cfg.noise_level)
+    if machine.compile:
+        compile_in_place(generator.networks())
+    span = (num_frames - 1) * protocol.generated_stride + 1
+    if span > model.data.num_frames:
+        raise ConfigError(
+            f"{num_frames} frames {protocol.generated_stride} apart are more than the model's "
+            f"{model.data.num_frames}; use a smaller protocol.generated_stride"
+        )
+
+    def clips(seed: int, count: int) -> "ClipSet":
+        begin = cfg.first_seed + seed * count
+
+        def frames(numbers: list[int]) -> "Tensor":
+            seeds = [begin + number for number in numbers]
+            video = generator.decode(generator.sample_window(seeds, labels_of(model, seeds, None)))
+            kept = require_finite(video.cpu())[:, :, : span : protocol.generated_stride]
+            return torch.from_numpy(to_frames(kept))
+
+        key = made_by | {"set": "samples", "begin": begin, "frames": [span, protocol.generated_stride]}
+        return ClipSet("generated", count, frames, key)
+
+    return clips
 
 
 def differences(dataset: "ClipDataset", model: "DiffusionModel") -> list[str]:
@@ -272,176 +334,97 @@ def differences(dataset: "ClipDataset", model: "DiffusionModel") -> list[str]:
     ]
 
 
-Clips = Callable[[list[int]], "Tensor"]
-"""Videos ``b c t h w`` of numbered clips."""
+def comparison_record(following: "Following", extractor: "FeatureExtractor | None") -> dict[str, Any]:
+    """What was compared with what, ready for JSON; equal digests may stand in one column."""
+    from dataclasses import asdict
+
+    from .evaluation.comparing import geometry
+    from .evaluation.measuring import identity
+
+    told = asdict(following.comparison)
+    del told["protocol"]
+    return told | {
+        "resolution": list(following.comparison.resolution),
+        "digest": following.comparison.digest,
+        "real_clips": geometry(following.real),
+        "features": identity(extractor),
+    }
 
 
-def summarize(
-    clips: Clips,
-    share: "Share",
-    count: int,
-    batch_size: int,
-    extractor: "FeatureExtractor | None",
-    title: str,
-) -> Summary:
-    """Features and statistics of the clips below ``count``, which the processes share."""
-    import torch
-    from tqdm import tqdm
+def software() -> dict[str, str]:
+    """Versions that numbers may depend on in their last digits."""
+    import platform
+    from importlib.metadata import version
 
-    from .metrics.video_statistics import contrast, motion_energy
-
-    numbers: list[int] = []
-    rows: dict[str, list[torch.Tensor]] = {}
-    shown: list[torch.Tensor] = []
-    with tqdm(total=count, unit="video", desc=title, disable=share.rank > 0) as bar:
-        for batch in share.batches(count, batch_size):
-            video = clips(batch)
-            told = {
-                "pixels": _pixels(video),
-                "contrast": contrast(video).mean(1).cpu(),
-                "motion": motion_energy(video).mean(1).cpu(),
-            }
-            if extractor is not None:
-                told["features"] = extractor(video).cpu()
-            for name, values in told.items():
-                rows.setdefault(name, []).append(values)
-            numbers += batch
-            shown.append(video[: max(NUM_SHOWN - batch[0], 0)].cpu())
-            bar.update(min(len(batch) * share.world_size, count - bar.n))
-    whole = share.gather(numbers, {name: torch.cat(parts) for name, parts in rows.items()})
-    few = share.gather(
-        [number for number in numbers if number < NUM_SHOWN], {"shown": torch.cat(shown)} if shown else {}
-    )
-    return Summary(
-        features=whole.get("features"),
-        pixels=whole["pixels"],
-        contrast=float(whole["contrast"].double().mean()),
-        motion=float(whole["motion"].double().mean()),
-        shown=few["shown"],
-    )
+    return {"python": platform.python_version(), "torch": version("torch"), "av": version("av")}
 
 
-def _pixels(video: "Tensor") -> "Tensor":
-    from .metrics.video_statistics import pixel_features
+def now() -> str:
+    """The time, to the second."""
+    from datetime import UTC, datetime
 
-    return pixel_features(video).cpu()
-
-
-def _real_clips(dataset: "ClipDataset", device: "torch.device") -> Clips:
-    """One random clip of each video, in the data set's endless order."""
-    return lambda positions: _clips_at(dataset, positions, device)
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _middle_clips(dataset: "ClipDataset", count: int, device: "torch.device") -> Clips:
-    """The middle clips of ``count`` videos, spread evenly."""
-    from .data.sampler import Batch, collate, to_batch
-
-    def clips(numbers: list[int]) -> "Tensor":
-        items = [dataset.held_out(number * len(dataset) // count) for number in numbers]
-        batch = to_batch(collate(items), device)
-        assert isinstance(batch, Batch)
-        return batch.video
-
-    return clips
-
-
-def _held_out(
-    dataset: "ClipDataset", count: int, batch_size: int, device: "torch.device"
-) -> "Iterator[Tensor]":
-    """The middle clip of ``count`` videos, spread evenly."""
-    from .data.sampler import Batch, held_out_batches
-
-    for batch in held_out_batches(dataset, batch_size=batch_size, num_clips=count, device=device):
-        assert isinstance(batch, Batch)
-        yield batch.video
-
-
-def _generated(cfg: DictConfig, model: "DiffusionModel", scale: float) -> Clips:
-    """Samples of consecutive seeds, rounded to 8 bits as a file would hold them."""
-    from .data.transforms import to_frames, to_video
-    from .generation import require_finite
-    from .sample import labels_of
-    from .training.device import compile_in_place
-
-    generator = model.generator(build(cfg.sampler), guidance_scale=scale, noise_level=cfg.noise_level)
-    if cfg.machine.compile:
-        compile_in_place(generator.networks())
-
-    def clips(numbers: list[int]) -> "Tensor":
-        seeds = [cfg.first_seed + number for number in numbers]
-        video = generator.decode(generator.sample_window(seeds, labels_of(model, seeds, None)))
-        return to_video(to_frames(require_finite(video.cpu()))).to(generator.device)
-
-    return clips
-
-
-def _training_pixels(dataset: "ClipDataset", batch_size: int, device: "torch.device") -> "Tensor":
-    """Small versions of one clip of each training video (2,048 at most)."""
-    import torch
-
-    count, clips = min(len(dataset), 2048), _real_clips(dataset, device)
-    return torch.cat(
-        [
-            _pixels(clips(list(range(begin, min(begin + batch_size, count)))))
-            for begin in range(0, count, batch_size)
-        ]
-    )
-
-
-def _clips_at(dataset: "ClipDataset", positions: list[int], device: "torch.device") -> "Tensor":
-    from .data.sampler import Batch, collate, to_batch
-
-    batch = to_batch(collate([dataset[position] for position in positions]), device)
-    assert isinstance(batch, Batch)
-    return batch.video
-
-
-def _reconstruction(
-    model: "DiffusionModel", dataset: "ClipDataset", batch_size: int, device: "torch.device"
-) -> dict[str, float]:
-    """How well held-out clips survive the autoencoder, and how well a still picture would do."""
-    import torch
-
-    from .data.transforms import to_frames, to_video
-    from .metrics.reconstruction import psnr, ssim
-
-    scores: dict[str, list[torch.Tensor]] = {}
-
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for video in _held_out(dataset, 256, batch_size, device):
-        total = total + video.double().cpu().mean(2).sum(0)
-        count += len(video)
-    mean_frame = (total / count).float()[None, :, None].to(device)
-    with torch.no_grad():
-        for video in _held_out(dataset, 256, batch_size, device):
-            latents = model.autoencoder.encode(video).mean
-            decoded = model.autoencoder.decode(latents).clamp(-1, 1)
-            rounded = to_video(to_frames(decoded.cpu())).to(device)
-            row = {
-                "reconstruction_psnr": psnr(rounded, video),
-                "reconstruction_ssim": ssim(rounded, video),
-                "mean_frame_psnr": psnr(mean_frame.expand_as(video), video),
-                "still_frame_psnr": psnr(video.mean(2, keepdim=True).expand_as(video), video),
-            }
-            for name, values in row.items():
-                scores.setdefault(name, []).append(values.cpu())
-    return {name: float(torch.cat(values).mean()) for name, values in scores.items()}
-
-
-def _write_videos(folder: Path, sets: "dict[str, Tensor]", fps: float) -> dict[str, list[str]]:
+def write_videos(folder: Path, sets: "dict[str, Tensor]", fps: float) -> dict[str, list[str]]:
     """Writes mp4 files under ``evaluation/`` and gives their names relative to the folder."""
-    from .data.transforms import to_frames
     from .data.video import write_video
 
     names: dict[str, list[str]] = {}
     (folder / "evaluation").mkdir(exist_ok=True)
-    for title, videos in sets.items():
+    for title, clips in sets.items():
         names[title] = []
-        for i, frames in enumerate(to_frames(videos)):
+        for i, frames in enumerate(clips.numpy()):
             name = f"evaluation/{title}_{i:02d}.mp4"
             write_video(folder / name, frames, fps)
             names[title].append(name)
     return names
+
+
+def write_nearest(path: Path, copies: "NearestClips", training: "ClipDataset") -> None:
+    """Writes a table with the nearest training clip of every sample, nearest first."""
+    from .data.storage import atomic_path
+
+    rows = sorted(
+        (float(distance), sample, training.entries[int(item)].path)
+        for sample, (distance, item) in enumerate(zip(copies.distances, copies.items, strict=True))
+    )
+    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["sample", "distance", "training_video"])
+        table.writerows([sample, f"{distance:.6g}", video] for distance, sample, video in rows)
+
+
+def print_result(
+    sentence: str, notes: list[str], metrics: dict[str, float], uncertainty: dict[str, dict[str, Any]]
+) -> None:
+    """The result for people: each distance beside its uncertainty and its floor."""
+    print(sentence)
+    for note in notes:
+        print(f"note: {note}")
+    for name, value in metrics.items():
+        told = uncertainty.get(name, {})
+        beside = []
+        if "deviation_over_seeds" in told:
+            beside.append(f"± {told['deviation_over_seeds']:.3g} over {len(told['by_seed'])} seeds")
+        if "bootstrap" in told:
+            low, high = told["bootstrap"]["interval_95"]
+            beside.append(f"95 % of draws within {low:.4g} … {high:.4g}")
+        if "floor" in told:
+            beside.append(f"real against real {told['floor']:.4g}")
+        print(f"  {name:45} {value:.4g}{'   ' if beside else ''}{'; '.join(beside)}")
+
+
+def print_drift(along: "Drift") -> None:
+    """What time does to long videos, for people."""
+    print(f"along time, by clip of {along.num_frames} frames (band: where 90 % of the real clips lie):")
+    for name, distance in along.distances.items():
+        values = " ".join(f"{value:.4g}" for value in distance.values)
+        print(f"  {name:25} {values}   real against real {distance.floor:.4g}")
+    for name, curve in along.statistics.items():
+        values = " ".join(f"{value:.3g}" for value in curve.median)
+        left = "inside" if curve.left_at is None else f"outside from clip {curve.left_at}"
+        print(f"  {name:25} {values}   band {curve.band[0]:.3g} … {curve.band[1]:.3g}: {left}")
 
 
 if __name__ == "__main__":

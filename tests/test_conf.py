@@ -172,7 +172,7 @@ def of_plumbing(group: str, schema: type, verb: str) -> Callable[[str], Any]:
 
 
 def of_protocol(option: str) -> Any:
-    return OmegaConf.to_yaml(composed("evaluate", f"protocol={option}").protocol)
+    return build(composed("evaluate", f"protocol={option}", "model=x").protocol).digest
 
 
 def of_preset(option: str) -> Any:

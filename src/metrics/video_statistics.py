@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _ROWS_PER_BLOCK = 1024
+# -60 dB of the range, in grey levels.
+FREEZE_THRESHOLD = 0.255
 
 
 def contrast(video: Tensor) -> Tensor:
@@ -46,13 +48,32 @@ def clipped_fraction(video: Tensor, margin: float = 1 / 255) -> Tensor:
     return reduce((video.abs() >= 1 - margin).float(), "b c t h w -> b t", "mean")
 
 
-def relative_drift(curve: Tensor, window: int) -> Tensor:
-    """Last `window` values of a statistic over its first, minus one: `(b t)` → `(b,)`; 0 means no drift."""
-    if curve.ndim != 2 or curve.shape[1] < 2 * window or window < 1:
-        raise ValueError(
-            f"a curve must have shape (b, t) with t >= 2 * window, got {tuple(curve.shape)}, {window=}"
-        )
-    return curve[:, -window:].mean(1) / curve[:, :window].mean(1) - 1
+def sharpness(video: Tensor) -> Tensor:
+    """Variance of the Laplacian of each frame's grey values: `(b c t h w)` in [-1, 1] → `(b t)`.
+
+    A measure of focus: Pech-Pacheco et al. 2000 (LAPV in the comparison of Pertuz et al. 2013), with the
+    kernel of four neighbours, inside the frame; grey is the mean of the colours. Blur lowers it; so does
+    fading, since it grows with the square of the contrast.
+    """
+    _check_video(video)
+    if min(video.shape[-2:]) < 3:
+        raise ValueError(f"sharpness needs frames of 3×3 or more, got {list(video.shape[-2:])}")
+    grey = video.float().mean(1)
+    centre = grey[..., 1:-1, 1:-1]
+    vertical = grey[..., :-2, 1:-1] + grey[..., 2:, 1:-1]
+    horizontal = grey[..., 1:-1, :-2] + grey[..., 1:-1, 2:]
+    return rearrange(vertical + horizontal - 4 * centre, "b t h w -> b t (h w)").var(-1, correction=0)
+
+
+def frozen(video: Tensor, threshold: float = FREEZE_THRESHOLD) -> Tensor:
+    """1 where a frame repeats the one before, else 0: `(b c t h w)` in [-1, 1] → `(b t-1)`.
+
+    Args:
+        video: at least 2 frames.
+        threshold: mean absolute difference, in grey levels of 255, below which it does. By default that of
+            ffmpeg's filter `freezedetect`, -60 dB.
+    """
+    return (motion_energy(video) * (255 / 2) < threshold).float()
 
 
 def pixel_features(video: Tensor, size: tuple[int, int, int] = (4, 8, 8)) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,9 @@ _MEANINGS: tuple[tuple[str, str, str], ...] = (
         "Copying",
         "distance of a sample to the nearest training clip; near 0 is a copy",
     ),
+    ("rfvd", "Autoencoder", "Fréchet distance between held-out clips and their reconstructions"),
+    ("reconstruction_frechet_distance", "Autoencoder", "the same in other features"),
+    ("reconstruction_lpips", "Autoencoder", "perceptual distance of reconstructions; lower is better"),
     ("reconstruction_psnr", "Autoencoder", "dB on held-out clips; higher is better"),
     ("reconstruction_ssim", "Autoencoder", "on held-out clips; 1 is perfect"),
     ("mean_frame_psnr", "Autoencoder", "dB of predicting the mean of all frames"),
@@ -173,7 +176,7 @@ def _result(run: Run, budget: _Budget) -> dict[str, object]:
     groups = {name: budget.take(clips, f"{run.name}: {name}") for name, clips in videos.items()}
     return {
         "run": run,
-        "cards": _cards(run.evaluation.metrics) if run.evaluation else [],
+        "cards": _cards(run.evaluation) if run.evaluation else [],
         "sets": sets,
         "real": groups.get("real", []),
         "generated": groups.get("generated", []),
@@ -211,8 +214,9 @@ def _spread(previews: Sequence[Preview]) -> Iterator[Preview]:
         yield from (kind[i] for i in sorted(chosen))
 
 
-def _cards(metrics: Mapping[str, float]) -> list[Card]:
+def _cards(evaluation: Evaluation) -> list[Card]:
     """The few numbers that say most, if they were measured."""
+    metrics = evaluation.metrics
     cards = []
     for name, value in metrics.items():
         if name.startswith(("fvd", "frechet_distance")) and not name.endswith("_untrained"):
@@ -220,6 +224,8 @@ def _cards(metrics: Mapping[str, float]) -> list[Card]:
             context = (
                 f"untrained network: {number(untrained)}" if untrained is not None else "lower is better"
             )
+            if beside := evaluation.beside.get(name):
+                context = f"{beside}; {context}"
             cards.append(Card(name, number(value), context))
     known = (
         ("reconstruction_psnr", "reconstruction", " dB", "held-out clips through the autoencoder"),
@@ -240,7 +246,10 @@ def _cards(metrics: Mapping[str, float]) -> list[Card]:
 
 
 def _table(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[Row]]]:
-    """Rows by heading: every metric that any run has, one column a run."""
+    """Rows by heading: every metric that any run has, one column a run.
+
+    Distances that were measured in different ways never share a row.
+    """
     names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics))
     groups: dict[str, list[Row]] = {heading: [] for _, heading, _ in (*_MEANINGS, ("", "Other", ""))}
     # The untrained network's value directly follows the trained one's.
@@ -249,12 +258,28 @@ def _table(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[Row]]]:
         _, heading, meaning = next((m for m in _MEANINGS if name.startswith(m[0])), ("", "Other", ""))
         if name.endswith("_untrained"):
             meaning = "the same network before training"
-        values = [
-            number(evaluation.metrics[name]) if name in evaluation.metrics else "–"
-            for evaluation in evaluations
-        ]
-        groups[heading].append(Row(name, meaning, values))
+        measured = [evaluation for evaluation in evaluations if name in evaluation.metrics]
+        ways = list(dict.fromkeys(e.comparison if _is_distance(name) else "" for e in measured))
+        for way in ways:
+            values = [
+                _value(e, name)
+                if name in e.metrics and (not _is_distance(name) or e.comparison == way)
+                else "–"
+                for e in evaluations
+            ]
+            protocol = next((e.protocol for e in measured if e.comparison == way), "")
+            told = f"{name} [{protocol} {way[:6]}]" if len(ways) > 1 else name
+            groups[heading].append(Row(told, meaning, values))
     return [(heading, rows) for heading, rows in groups.items() if rows]
+
+
+def _is_distance(name: str) -> bool:
+    begins = ("fvd", "kvd", "rfvd", "frechet_distance", "kernel_distance", "reconstruction_frechet_distance")
+    return name.startswith(begins)
+
+
+def _value(evaluation: Evaluation, name: str) -> str:
+    return f"{number(evaluation.metrics[name])} {evaluation.beside.get(name, '')}".rstrip()
 
 
 def _protocols(runs: Sequence[Run]) -> list[tuple[str, str]]:

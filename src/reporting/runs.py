@@ -49,9 +49,22 @@ class SampleSet:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Numbers of a run, under which conditions they were measured, and videos to look at beside them."""
+    """Numbers of a run, under which conditions they were measured, and videos to look at beside them.
+
+    Attributes:
+        metrics: by name.
+        beside: what is told beside some of them: deviation over seeds, floor.
+        comparison: identifies what was compared with what, and how; only distances with equal ones compare.
+        protocol: its name.
+        sentence: the conditions in words.
+        videos: by kind.
+        notes: what has to be known of the numbers.
+    """
 
     metrics: Mapping[str, float]
+    beside: Mapping[str, str] = field(default_factory=dict)
+    comparison: str = ""
+    protocol: str = ""
     sentence: str = ""
     videos: Mapping[str, Sequence[Clip]] = field(default_factory=dict)
     notes: Sequence[str] = ()
@@ -187,12 +200,31 @@ def _read_evaluation(folder: Path, problems: list[str]) -> Evaluation | None:
         paths = [_inside(folder, name, problems) for name in (names if isinstance(names, list) else [])]
         videos[str(title)] = [Clip(path) for path in paths if path is not None]
     notes = told.get("notes")
+    comparison, uncertainty = told.get("comparison"), told.get("uncertainty")
     return Evaluation(
+        beside=_beside(uncertainty if isinstance(uncertainty, dict) else {}),
+        comparison=str(comparison.get("digest", "")) if isinstance(comparison, dict) else "",
+        protocol=str(protocol.get("name", "")) if isinstance(protocol, dict) else "",
         metrics={str(name): float(value) for name, value in metrics.items() if _is_number(value)},
         sentence=str(sentence or ""),
         videos=videos,
         notes=[str(note) for note in notes] if isinstance(notes, list) else [],
     )
+
+
+def _beside(uncertainty: Mapping[str, Any]) -> dict[str, str]:
+    """Deviation over seeds and floor of each distance, as it is written beside the number."""
+    beside = {}
+    for name, told in uncertainty.items():
+        if not isinstance(told, dict):
+            continue
+        parts = []
+        if _is_number(told.get("deviation_over_seeds")):
+            parts.append(f"± {told['deviation_over_seeds']:.3g}")
+        if _is_number(told.get("floor")):
+            parts.append(f"(real: {told['floor']:.3g})")
+        beside[str(name)] = " ".join(parts)
+    return beside
 
 
 def _read_sample_sets(folder: Path, problems: list[str]) -> list[SampleSet]:

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
 
 _A = TypeVar("_A")
 
@@ -33,16 +32,14 @@ class Share:
         for begin in range(self.rank * batch_size, count, self.world_size * batch_size):
             yield list(range(begin, min(begin + batch_size, count)))
 
-    def gather(self, numbers: list[int], rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All processes' rows (tensors ``n *`` on the CPU, one row a number), in the order of the numbers."""
-        parts = [(numbers, rows)]
+    def collect(self, parts: dict[int, _A]) -> dict[int, _A]:
+        """All processes' numbered parts, in the order of their numbers."""
+        received: list[dict[int, _A] | None] = [parts]
         if self.world_size > 1:
-            received: list[tuple[list[int], dict[str, Tensor]] | None] = [None] * self.world_size
-            torch.distributed.all_gather_object(received, (numbers, rows))
-            parts = [part for part in received if part is not None]
-        order = torch.tensor([number for part, _ in parts for number in part]).argsort()
-        names = {name for _, part in parts for name in part}
-        return {name: torch.cat([part[name] for _, part in parts if name in part])[order] for name in names}
+            received = [None] * self.world_size
+            torch.distributed.all_gather_object(received, parts)
+        together = {number: part for some in received if some for number, part in some.items()}
+        return {number: together[number] for number in sorted(together)}
 
     def first_alone(self) -> AbstractContextManager[None]:
         """In it the first process goes ahead, and the others find what it has made."""

@@ -20,12 +20,14 @@ from src.reporting.runs import load_run
 ROOT = Path(__file__).parents[2]
 
 
-def verb(folder: Path, name: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs ``python -m src.VERB`` with everything it writes under ``folder``."""
+def verb(
+    folder: Path, name: str, *arguments: str, check: bool = True, cache: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``python -m src.VERB``; what it writes goes under ``folder``, what it keeps into ``cache``."""
     result = subprocess.run(
         [sys.executable, "-m", f"src.{name}", *arguments],
         cwd=ROOT,
-        env=environment(folder),
+        env=environment(folder) | ({} if cache is None else {"LATENT_VIDEO_CACHE": str(cache)}),
         capture_output=True,
         text=True,
         timeout=300,
@@ -38,8 +40,12 @@ def verb(folder: Path, name: str, *arguments: str, check: bool = True) -> subpro
 
 
 def environment(folder: Path) -> dict[str, str]:
-    # The I3D cache of the machine is kept: it is checked by its own tests.
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HYDRA_FULL_ERROR": "0"}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HYDRA_FULL_ERROR": "0",
+        "LATENT_VIDEO_CACHE": str(folder / "cache_home"),
+    }
 
 
 def at(folder: Path) -> list[str]:
@@ -136,13 +142,13 @@ def test_evaluation_and_page(home: Path) -> None:
     run = home / "runs/tiny"
     verb(home, "evaluate", f"model={run}/model", *few, *at(home)[1:])
     record = json.loads((run / "evaluation.json").read_text())
-    assert "frechet_distance_i3d_n6" in record["metrics"], "never called FVD"
+    assert "fvd_fast@6" in record["metrics"], "never called FVD"
     assert not any(name in ("fvd", "kvd") for name in record["metrics"])
     assert record["metrics"]["reconstruction_psnr"] > 5 and record["notes"] == []
     assert all((run / video).is_file() for videos in record["videos"].values() for video in videos)
     verb(home, "report", f"runs=[{home}/runs/tiny_autoencoder,{run}]", f"output={home}/page.html")
     page = (home / "page.html").read_text()
-    assert "frechet_distance_i3d_n6" in page and "data:video/mp4" in page
+    assert "fvd_fast@6" in page and "data:video/mp4" in page
     assert not re.search(r'(src|href)="https?://', page), "the page needs nothing from elsewhere"
 
 
@@ -251,12 +257,12 @@ def test_a_preempted_job_saves_and_its_launcher_queues_it_again(home: Path, tmp_
 
 @pytest.mark.slow
 def test_two_processes_make_and_measure_the_same(home: Path) -> None:
-    """Up to the rounding of smaller batches, which video compression can enlarge."""
+    """Samples up to the rounding of smaller batches, which video compression can enlarge; numbers exactly."""
     from src.data.video import read_clip
 
     model = f"model={home}/runs/tiny/model"
-    data = ["dataset=synthetic_tiny", *at(home)[1:], "protocol=quick", "protocol.features=null"]
-    few = ["protocol.num_real=6", "protocol.num_generated=5"]
+    data = ["dataset=synthetic_tiny", *at(home)[1:], "protocol=quick", "batch_size=2", "num_replicates=20"]
+    few = ["protocol.num_real=6", "protocol.num_generated=5", "num_reconstructed=5"]
     for name, launcher in (
         ("one", []),
         ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]),
@@ -267,15 +273,18 @@ def test_two_processes_make_and_measure_the_same(home: Path) -> None:
         ):
             result = subprocess.run(
                 [sys.executable, *launcher, "-m", *arguments],
-                cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=300,
+                cwd=ROOT, capture_output=True, text=True, timeout=300,
+                env=environment(home) | {"LATENT_VIDEO_CACHE": f"{home}/cache_of_{name}"},
             )  # fmt: skip
             assert result.returncode == 0, result.stderr
     one, two = home / "by_one", home / "by_two"
     for i in range(5):
         a, b = (read_clip(folder / f"sample_{i:06d}.mp4", 0, 16).astype(int) for folder in (one, two))
         assert abs(a - b).mean() < 0.05
-    a, b = (json.loads((folder / "evaluation.json").read_text())["metrics"] for folder in (one, two))
-    assert a.keys() == b.keys() and all(a[key] == pytest.approx(b[key], rel=1e-3) for key in a)
+    a, b = (json.loads((folder / "evaluation.json").read_text()) for folder in (one, two))
+    assert "fvd_fast@6vs5" in a["metrics"] and "rfvd_fast@5" in a["metrics"]
+    del a["created"], b["created"]
+    assert a == b
 
 
 @pytest.mark.slow
@@ -404,17 +413,57 @@ def test_a_folder_that_becomes_read_only_is_one_clear_message(home: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_made_videos_are_measured_the_same_twice(home: Path) -> None:
-    """What an evaluation writes must not be taken for samples by the next one."""
-    verb(home, "sample", f"model={home}/runs/tiny/model", "num_samples=4", f"output={home}/made")
+def test_made_videos_are_measured_the_same_twice(home: Path, tmp_path: Path) -> None:
+    """Also where nothing is known from the first time; and what it writes isn't taken for samples then."""
+    verb(home, "sample", f"model={home}/runs/tiny/model", "num_samples=12", f"output={home}/made")
     arguments = [
-        f"samples={home}/made", "dataset=folder", f"dataset.root={home}/made", "dataset.test_fraction=0",
-        "dataset.num_frames=16", "dataset.resolution=32", "dataset.frame_stride=1", "protocol=quick",
-        "protocol.features=null",
+        f"videos={home}/made", "dataset=synthetic_tiny", *at(home)[1:], "dataset.num_frames=16",
+        "dataset.resolution=32", "dataset.frame_stride=1", "protocol=quick", "protocol.num_real=9",
+        "protocol.num_generated=10", "protocol.seeds=[0,1]", "num_replicates=20",
     ]  # fmt: skip
-    sentences = [verb(home, "evaluate", *arguments).stdout.splitlines()[-14:] for _ in range(2)]
-    assert sentences[0] == sentences[1]
-    assert (home / "made_evaluation/evaluation.json").is_file()
+    records, sentences = [], []
+    for cache in ("first", "first", "second"):
+        told = verb(home, "evaluate", *arguments, cache=tmp_path / cache)
+        sentences.append(told.stdout.splitlines()[-20:])
+        records.append(json.loads((home / "made_evaluation/evaluation.json").read_text()))
+        created = records[-1].pop("created")
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", created)
+    assert records[0] == records[1] == records[2] and sentences[0] == sentences[1] == sentences[2]
+    told = records[0]["uncertainty"]["fvd_fast@9vs10"]
+    assert len(set(told["by_seed"].values())) == 2 and told["floor"] > 0
+    assert records[0]["comparison"]["features"]["weights_sha256"]
+    assert sum(1 for _ in (home / "made_evaluation/evaluation/nearest.csv").open()) == 11
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_was_killed_goes_on_and_ends_in_the_same(home: Path, tmp_path: Path) -> None:
+    arguments = [
+        f"model={home}/runs/tiny/model", "dataset=synthetic_tiny", *at(home)[1:], "protocol=quick",
+        "protocol.num_real=12", "protocol.num_generated=4", "batch_size=2", "num_replicates=0",
+    ]  # fmt: skip
+    verb(home, "evaluate", *arguments, f"output={tmp_path}/straight/e.json", cache=tmp_path / "straight")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "src.evaluate", *arguments, f"output={tmp_path}/killed/e.json"],
+        cwd=ROOT,
+        env=environment(home) | {"LATENT_VIDEO_CACHE": str(tmp_path / "killed")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while (
+        not list((tmp_path / "killed/features").glob("*.parts/*.safetensors")) and time.monotonic() < deadline
+    ):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed/features").glob("*.parts/*")}
+    assert parts and not (tmp_path / "killed/e.json").exists(), "killed in the middle"
+    verb(home, "evaluate", *arguments, f"output={tmp_path}/killed/e.json", cache=tmp_path / "killed")
+    straight, killed = (
+        json.loads((tmp_path / name / "e.json").read_text()) for name in ("straight", "killed")
+    )
+    del straight["created"], killed["created"]
+    assert straight == killed
 
 
 @pytest.mark.slow

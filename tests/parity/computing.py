@@ -44,7 +44,7 @@ from src.interop.official_sampling import (
     to_frames,
 )
 from src.metrics.features import resize_frames
-from src.metrics.frechet import GaussianStatistics, frechet_distance
+from src.metrics.frechet import Arithmetic, GaussianStatistics, frechet_distance
 from src.metrics.i3d import I3d, from_pytorch_i3d
 from src.metrics.kernel import kernel_distance
 from src.metrics.reconstruction import perceptual_distance
@@ -663,7 +663,9 @@ def distances(case: Case) -> Compute:
     def compute(name: str) -> Tensor:
         if found := re.fullmatch(r"fd_([a-z]+?)(_f64)?", name):
             x, y = (statistics(features) for features in compared_sets(case, found[1]))
-            return torch.tensor(frechet_distance(x, y), dtype=torch.float64)
+            # The original computes in float32.
+            arithmetic: Arithmetic = "float64" if found[2] else "float32_svd"
+            return torch.tensor(frechet_distance(x, y, arithmetic), dtype=torch.float64)
         if found := re.fullmatch(r"kvd_([a-z]+)", name):
             return torch.tensor(kernel_distance(*compared_sets(case, found[1])), dtype=torch.float64)
         if found := re.fullmatch(r"cov_(\w)", name):

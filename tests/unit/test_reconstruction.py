@@ -85,6 +85,14 @@ def test_lpips_is_the_published_one(load, shared, net):
     assert network.name == f"lpips_{net}"
 
 
+def test_lpips_is_that_in_torchmetrics_documentation(load, shared):
+    known = json.loads(shared("known_answers/known_answers.json").read_text())["lpips_v0.1"]["squeeze"]
+    generator = torch.Generator().manual_seed(123)
+    images, references = (torch.rand(10, 3, 100, 100, generator=generator) * 2 - 1 for _ in range(2))
+    published = known["torchmetrics_docstring_seed123_10x3x100x100"]["published"]
+    assert load("squeeze")(images, references).mean().item() == pytest.approx(published, abs=5e-5)
+
+
 def test_it_stays_in_evaluation_mode_and_frozen(load):
     network = load("squeeze")
     parent = torch.nn.ModuleList([network]).train()
@@ -135,8 +143,12 @@ def test_a_missing_backbone_says_how_to_get_it(tmp_path, monkeypatch):
         perceptual_distance("vgg")
     message = str(error.value)
     folder = tmp_path / "hub" / "checkpoints"
-    for part in (str(folder / "vgg16-397923af.pth"), "https://download.pytorch.org/models/vgg16-397923af.pth",
-                 "perceptual.weights=PATH"):  # fmt: skip
+    for part in (
+        str(folder / "vgg16-397923af.pth"),
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "perceptual.weights=PATH",
+        "perceptual=alex, perceptual=squeeze, perceptual=none",
+    ):
         assert part in message
     with pytest.raises(FileNotFoundError, match="elsewhere"):
         perceptual_distance("alex", tmp_path / "elsewhere.pth")

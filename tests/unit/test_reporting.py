@@ -64,8 +64,8 @@ def example(tmp_path_factory) -> Path:
             write_clip(run / name)
     evaluation = {
         "metrics": {
-            "frechet_distance_i3d_n8": 1234.56,
-            "frechet_distance_i3d_n8_untrained": 9876.5,
+            "fvd_fast@8": 1234.56,
+            "fvd_fast@8_untrained": 9876.5,
             "contrast_ratio": 0.987,
         },
         "protocol": {"features": "i3d", "sentence": f"8 against 8 {EVIL}."},
@@ -276,7 +276,7 @@ def test_the_page_holds_the_very_files(example, text):
 def test_the_page_says_what_was_measured_and_how(text):
     expected = [
         "Two & more",
-        "frechet_distance_i3d_n8",
+        "fvd_fast@8",
         "1,235",
         "untrained network: 9,876",
         "0.987",
@@ -338,14 +338,38 @@ def test_several_runs_stand_side_by_side(folder, tmp_path):
     other = tmp_path / "runs" / "other"
     shutil.copytree(folder, other)
     told = json.loads((other / "evaluation.json").read_text())
-    told["metrics"] = {"frechet_distance_i3d_n8": 777.0, "psnr_of_mine": 3.0}
+    told["metrics"] = {"fvd_fast@8": 777.0, "psnr_of_mine": 3.0}
     (other / "evaluation.json").write_text(json.dumps(told))
     text = render([load_run(folder), load_run(other)], "T")
     rows = re.findall(r"<tr><td><code>(.*?)</code></td>(.*?)<td class=.meaning", text)
     values = {name: re.findall(r">([^<>]+)</td>", cells) for name, cells in rows}
-    assert values["frechet_distance_i3d_n8"] == ["1,235", "777"]
+    assert values["fvd_fast@8"] == ["1,235", "777"]
     assert values["psnr_of_mine"] == ["–", "3"] and values["contrast_ratio"] == ["0.987", "–"]
     assert "(demo, other)" in text
+
+
+def test_distances_measured_in_different_ways_never_share_a_row(folder, tmp_path):
+    runs = [folder]
+    for name, digest, protocol in (("same", "aaaaaaaa", "ours"), ("other", "bbbbbbbb", "lvdm")):
+        run = tmp_path / "runs" / name
+        shutil.copytree(folder, run)
+        told = json.loads((run / "evaluation.json").read_text())
+        told |= {"comparison": {"digest": digest}}
+        told["protocol"]["name"] = protocol
+        told["uncertainty"] = {"fvd_fast@8": {"deviation_over_seeds": 3.21, "floor": 456.7}}
+        (run / "evaluation.json").write_text(json.dumps(told))
+        runs.append(run)
+    first = json.loads((folder / "evaluation.json").read_text()) | {"comparison": {"digest": "aaaaaaaa"}}
+    first["protocol"]["name"] = "ours"
+    (folder / "evaluation.json").write_text(json.dumps(first))
+    text = render([load_run(run) for run in runs], "T")
+    rows = re.findall(r"<tr><td><code>(.*?)</code></td>(.*?)<td class=.meaning", text)
+    values = {name: re.findall(r">([^<>]+)</td>", cells) for name, cells in rows}
+    beside = "1,235 ± 3.21 (real: 457)"
+    assert values["fvd_fast@8 [ours aaaaaa]"] == ["1,235", beside, "–"]
+    assert values["fvd_fast@8 [lvdm bbbbbb]"] == ["–", "–", beside]
+    assert "fvd_fast@8" not in values
+    assert values["contrast_ratio"] == ["0.987", "0.987", "0.987"], "plain statistics compare"
 
 
 def test_the_page_is_written_whole_or_not_at_all(folder, tmp_path, monkeypatch):

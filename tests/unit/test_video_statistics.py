@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import scipy.ndimage
 import scipy.spatial.distance
 import torch
 
@@ -10,12 +11,13 @@ from src.metrics import video_statistics
 from src.metrics.video_statistics import (
     clipped_fraction,
     contrast,
+    frozen,
     mean_pairwise_distance,
     motion_energy,
     nearest,
     pixel_features,
-    relative_drift,
     saturation,
+    sharpness,
 )
 
 
@@ -53,11 +55,28 @@ def test_clipped_fraction_counts_both_ends():
     assert clipped_fraction(values).item() == pytest.approx(4 / 8)
 
 
-def test_relative_drift_compares_the_ends():
-    curve = torch.tensor([[2.0, 2.0, 7.0, 1.0, 1.0], [1.0, 3.0, 0.0, 1.0, 3.0]])
-    torch.testing.assert_close(relative_drift(curve, 2), torch.tensor([-0.5, 0.0]))
-    with pytest.raises(ValueError, match="window=3"):
-        relative_drift(curve, 3)
+@pytest.mark.parametrize("shape", [(2, 3, 4, 7, 9), (1, 1, 1, 3, 3)])
+def test_sharpness_is_the_variance_of_scipys_laplacian(shape):
+    video = rand(*shape)
+    grey = video.double().mean(1).numpy()
+    expected = [
+        [
+            scipy.ndimage.laplace(frame)[1:-1, 1:-1].var() for frame in clip
+        ]  # inside, where no border is made up
+        for clip in grey
+    ]
+    torch.testing.assert_close(sharpness(video), torch.tensor(expected).float(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"3×3 or more, got \[2, 9\]"):
+        sharpness(video.new_zeros(1, 3, 1, 2, 9))
+
+
+def test_frames_are_frozen_below_the_threshold_in_grey_levels():
+    # Frame after frame differs by 0, 0.2, 0.3 and 5 grey levels of 255.
+    levels = torch.tensor([100.0, 100.0, 100.2, 100.5, 105.5])
+    video = (levels / 127.5 - 1).reshape(1, 1, 5, 1, 1).expand(2, 3, 5, 4, 4)
+    assert frozen(video).tolist() == [[1.0, 1.0, 0.0, 0.0]] * 2
+    assert frozen(video, threshold=0.1).tolist() == [[1.0, 0.0, 0.0, 0.0]] * 2
+    assert frozen(video, threshold=6).tolist() == [[1.0] * 4] * 2
 
 
 def test_pixel_features_measure_root_mean_square_differences():
@@ -103,7 +122,9 @@ def test_a_copy_is_found_at_distance_zero():
         nearest(candidates, [candidates[:2]], k=3)
 
 
-@pytest.mark.parametrize("function", [contrast, motion_energy, saturation, clipped_fraction, pixel_features])
+@pytest.mark.parametrize(
+    "function", [contrast, motion_energy, saturation, clipped_fraction, sharpness, frozen, pixel_features]
+)
 def test_a_single_video_without_batch_is_refused(function):
     with pytest.raises(ValueError, match=r"\(b, c, t, h, w\), got \(3, 4, 8, 8\)"):
         function(torch.zeros(3, 4, 8, 8))

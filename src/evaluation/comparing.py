@@ -1,0 +1,326 @@
+"""Following a protocol: which clips stand for each side, and the distances between them."""
+
+import hashlib
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.arrays import ArrayVideos
+from ..data.choice import ClipPlace, order_of_videos
+from ..data.clips import ClipDataset
+from ..metrics.drift import STATISTICS, DistanceCurve, Drift, measure_drift
+from ..metrics.features import FeatureExtractor
+from ..metrics.frechet import GaussianStatistics, frechet_distance, resampled_frechet_distances
+from ..metrics.kernel import kernel_distance, kernel_distance_subsets, resampled_kernel_distances
+from ..metrics.protocol import Comparison, Protocol
+from ..metrics.suspicions import suspicions
+from ..metrics.uncertainty import bootstrap, convert_floor, kernel_floor
+from .measuring import ClipSet, Measuring, Rows
+
+# Videos of a subset of the kernel distance over subsets (that of the KID); fewer have none.
+KERNEL_SUBSET = 1000
+
+Videos = ClipDataset | ArrayVideos
+
+
+def chosen_clips(
+    videos: Videos, items: Sequence[int], where: ClipPlace, seed: int, title: str, fingerprint: str
+) -> ClipSet:
+    """One clip of each of some videos, numbered in their order.
+
+    Args:
+        videos: the set.
+        items: indices of the videos.
+        where: which clip of each.
+        seed: of a random place.
+        title: for the progress bar.
+        fingerprint: of the set's content.
+    """
+
+    def frames(numbers: list[int]) -> Tensor:
+        return torch.stack([videos.clip(items[number], where, seed)["frames"] for number in numbers])
+
+    key = {
+        "set": "files",
+        "content": fingerprint,
+        "items": hashlib.sha256(repr(list(items)).encode()).hexdigest(),
+        "where": where,
+        "seed": seed if where == "random" else None,
+        "geometry": geometry(videos),
+    }
+    return ClipSet(title, len(items), frames, key)
+
+
+def clips_along(videos: Videos, items: Sequence[int], positions: int, fingerprint: str) -> ClipSet:
+    """Neighbouring clips of long videos: number ``n positions + p`` is clip p of the n-th.
+
+    Args:
+        videos: the set.
+        items: indices of the videos.
+        positions: clips of each, one after another from its beginning.
+        fingerprint: of the set's content.
+
+    Raises:
+        ValueError: if a video is too short for so many.
+    """
+    step = videos.num_frames * videos.frame_stride
+    fit = (videos.shortest + videos.frame_stride - 1) // step
+    if not 1 <= positions <= fit:
+        raise ValueError(
+            f"num_positions={positions}: the shortest video has {videos.shortest:,} frames, which hold {fit} "
+            f"clips of {videos.num_frames} frames, {videos.frame_stride} apart"
+        )
+
+    def frames(numbers: list[int]) -> Tensor:
+        clips = []
+        for item, members in groupby(numbers, key=lambda number: number // positions):
+            starts = [number % positions * step for number in members]
+            clips += [clip["frames"] for clip in videos.clips(items[item], starts)]
+        return torch.stack(clips)
+
+    key = {
+        "set": "along",
+        "content": fingerprint,
+        "items": list(items),
+        "positions": positions,
+        "geometry": geometry(videos),
+    }
+    return ClipSet("along time", len(items) * positions, frames, key)
+
+
+def geometry(videos: Videos) -> dict[str, Any]:
+    """How clips are cut out of videos, ready for JSON."""
+    sampling = videos.sampling if isinstance(videos, ClipDataset) else None
+    return {
+        "num_frames": videos.num_frames,
+        "frame_stride": videos.frame_stride,
+        "resolution": [videos.resize.height, videos.resize.width],
+        "crop": videos.resize.mode,
+        "fps": sampling.fps if sampling else None,
+        "short_videos": sampling.short_videos if sampling else "skip",
+    }
+
+
+@dataclass
+class Result:
+    """Numbers by the names under which they may be reported, and what is known of how sure they are."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    uncertainty: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class Following:
+    """A protocol as it is followed on some videos.
+
+    Args:
+        protocol: the rules.
+        measuring: does the work.
+        extractor: of the protocol's features; None if it names none.
+        real: the real videos, of the protocol's split.
+        fingerprint: of their content.
+        generated: makes the generated side's clips of a seed, so many.
+        available: generated videos that there are; None if any number can be made.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        measuring: Measuring,
+        extractor: FeatureExtractor | None,
+        real: ClipDataset,
+        fingerprint: str,
+        generated: Callable[[int, int], ClipSet],
+        available: int | None,
+    ) -> None:
+        self.protocol, self.measuring, self.extractor = protocol, measuring, extractor
+        self.real, self.fingerprint, self._generated = real, fingerprint, generated
+        self._are_given = available is not None
+        wanted_real = len(real) if protocol.num_real is None else protocol.num_real
+        self.num_real = min(wanted_real, len(real))
+        wanted = protocol.num_generated
+        self.num_generated = wanted if available is None else min(wanted, available)
+        self.notes = []
+        if self.num_real < wanted_real:
+            self.notes.append(
+                f"only {self.num_real:,} real videos, fewer than the protocol's {wanted_real:,}"
+            )
+        if self.num_generated < wanted:
+            self.notes.append(
+                f"only {self.num_generated:,} videos given, fewer than the protocol's {wanted:,}"
+            )
+        self.comparison = Comparison(
+            protocol=protocol,
+            num_real=self.num_real,
+            num_generated=self.num_generated,
+            num_frames=real.num_frames,
+            real_stride=real.frame_stride,
+            fps=real.sampling.fps,
+            resolution=real.resolution,
+            crop=real.resize.mode,
+            dataset=real.name,
+            fingerprint=fingerprint,
+            weights=None if extractor is None else extractor.weights_sha256,
+        )
+
+    @cache  # noqa: B019
+    def order(self, seed: int) -> list[int]:
+        """All real videos in the order in which the protocol chooses them."""
+        labels = [entry.label for entry in self.real.entries]
+        return order_of_videos(labels, self.protocol.real_videos, seed)
+
+    def real_items(self, seed: int) -> list[int]:
+        """Indices of the real videos of a seed; all of them stand in their own order."""
+        chosen = self.order(seed)[: self.num_real]
+        return sorted(chosen) if self.num_real == len(self.real) else chosen
+
+    def real_rows(self, seed: int) -> Rows:
+        """What is kept of the real side."""
+        seed = seed if self.protocol.resample_real else self.protocol.seeds[0]
+        return self._rows(self._real_clips(self.real_items(seed), seed, "real"))
+
+    def other_items(self) -> list[int]:
+        """As many other real videos as there are generated ones; [] if the set holds too few."""
+        others = self.order(self.protocol.seeds[0])[self.num_real : self.num_real + self.num_generated]
+        return others if len(others) == self.num_generated else []
+
+    def other_rows(self) -> Rows | None:
+        """What is kept of other real videos; None if there are too few."""
+        items = self.other_items()
+        if not items:
+            return None
+        return self._rows(self._real_clips(items, self.protocol.seeds[0], "other real"))
+
+    def generated_rows(self, seed: int) -> Rows:
+        """What is kept of the generated side."""
+        seed = seed if self.protocol.resample_generated else self.protocol.seeds[0]
+        return self._rows(self._generated(seed, self.num_generated))
+
+    def rows_of(self, clips: ClipSet) -> Rows:
+        """What is kept of any clips, measured like those of both sides."""
+        return self._rows(clips)
+
+    def result(self, num_replicates: int) -> Result:
+        """The distances: mean and deviation over seeds, an interval, and what real videos score.
+
+        Args:
+            num_replicates: of the bootstrap; 0 does without.
+        """
+        result = Result()
+        if self.extractor is None:
+            return result
+        pairs = [
+            (self.real_rows(seed)["features"], self.generated_rows(seed)["features"])
+            for seed in self.protocol.seeds
+        ]
+        by_seed = [distances(real, generated, self.protocol) for real, generated in pairs]
+        others = self.other_rows()
+        floor, floor_of = self._floors(pairs[0][0], None if others is None else others["features"])
+        resampled = {
+            "frechet_distance": resampled_frechet_distances,
+            "kernel_distance": resampled_kernel_distances,
+        }
+        for metric in by_seed[0]:
+            name, values = self.comparison.name(metric), [told[metric] for told in by_seed]
+            result.metrics[name] = statistics.fmean(values)
+            told: dict[str, Any] = {"by_seed": dict(zip(map(str, self.protocol.seeds), values, strict=True))}
+            if len(values) > 1:
+                told["deviation_over_seeds"] = statistics.stdev(values)
+            if metric in resampled and num_replicates:
+                drawn = bootstrap(*pairs[0], resampled[metric], num_replicates=num_replicates, seed=0)
+                low, high = (edge - drawn.estimate + values[0] for edge in drawn.interval)
+                told["bootstrap"] = {
+                    "interval_95": [low, high],
+                    "deviation": drawn.deviation,
+                    "seed": self.protocol.seeds[0],
+                    "num_replicates": num_replicates,
+                }
+            if metric in floor:
+                told["floor"] = floor[metric]
+                told["floor_measured_on"] = list(floor_of)
+            result.uncertainty[name] = told
+        return result
+
+    def drift(self, videos: Videos, fingerprint: str, positions: int) -> Drift:
+        """What time does to long videos: each clip position beside the real side of the first seed.
+
+        Args:
+            videos: the long videos; the first ``num_generated``.
+            fingerprint: of their content.
+            positions: clips of each, see `clips_along`.
+        """
+        items = list(range(self.num_generated))
+        rows = self._rows(clips_along(videos, items, positions, fingerprint))
+        real = self.real_rows(self.protocol.seeds[0])
+        curves = {}
+        if self.extractor is not None:
+            at = rows["features"].unflatten(0, (len(items), positions)).transpose(0, 1)
+            told = [distances(real["features"], features, self.protocol) for features in at]
+            others = self.other_rows()
+            floor, _ = self._floors(real["features"], None if others is None else others["features"])
+            for metric in floor:
+                values = [one[metric] for one in told]
+                curves[self.comparison.name(metric)] = DistanceCurve(values, floor[metric])
+        along = {name: rows[name].unflatten(0, (len(items), positions)) for name in STATISTICS}
+        return measure_drift(
+            along, {name: real[name] for name in STATISTICS}, self.real.num_frames, distances=curves
+        )
+
+    def _floors(self, real: Tensor, others: Tensor | None) -> tuple[dict[str, float], tuple[int, int]]:
+        if min(len(real), self.num_generated) < 4:
+            return {}, (0, 0)
+        return floors(real, others, (self.num_real, self.num_generated), self.protocol)
+
+    def suspicions(self) -> list[str]:
+        """What looks like a mistake in the generated videos; of given ones also another stride."""
+        first = self.protocol.seeds[0]
+        real, generated = self.real_rows(first), self.generated_rows(first)
+        motion = [float(rows["motion_energy"].double().mean()) for rows in (real, generated)]
+        return suspicions(real, generated, (motion[0], motion[1]) if self._are_given else None)
+
+    def _real_clips(self, items: list[int], seed: int, title: str) -> ClipSet:
+        return chosen_clips(self.real, items, self.protocol.real_clip, seed, title, self.fingerprint)
+
+    def _rows(self, clips: ClipSet) -> Rows:
+        return self.measuring.clips(clips, self.extractor, self.protocol.jpeg_quality)
+
+
+def distances(real: Tensor, generated: Tensor, protocol: Protocol) -> dict[str, float]:
+    """Fréchet and kernel distances of features ``n d`` (or ``n t d``), by their long names."""
+    real, generated = real.flatten(0, -2), generated.flatten(0, -2)
+    dim, biased = real.shape[1], protocol.biased_covariance
+    sides = [GaussianStatistics(dim, biased=biased).update(side) for side in (real, generated)]
+    told = {
+        "frechet_distance": frechet_distance(sides[0], sides[1], protocol.arithmetic),
+        "kernel_distance": kernel_distance(real, generated),
+    }
+    if min(len(real), len(generated)) >= KERNEL_SUBSET:
+        subsets = kernel_distance_subsets(real, generated, subset_size=KERNEL_SUBSET, seed=0)
+        told["kernel_distance_subsets"] = subsets.mean
+    return told
+
+
+def floors(
+    real: Tensor, others: Tensor | None, wanted: tuple[int, int], protocol: Protocol
+) -> tuple[dict[str, float], tuple[int, int]]:
+    """What real videos score against other real ones, by metric, and how many were compared.
+
+    Args:
+        real: features of the real side ``n d`` (or ``n t d``).
+        others: of other real videos; None if there are none, and halves of the first stand in.
+        wanted: videos of the two sides for which the floors shall hold; see ``convert_floor``.
+        protocol: of the distances.
+    """
+    one, other = (real[0::2], real[1::2]) if others is None else (real, others)
+    measured = (len(one), len(other))
+    both = real if others is None else torch.cat([real, others])
+    between = distances(one, other, protocol)["frechet_distance"]
+    return {
+        "frechet_distance": convert_floor(between, measured, wanted),
+        "kernel_distance": kernel_floor(both.flatten(0, -2), wanted, seed=0),
+    }, measured

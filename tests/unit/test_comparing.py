@@ -1,0 +1,224 @@
+"""A protocol as it is followed: which clips stand for each side; numbers against plain NumPy and SciPy."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from src.config import build
+from src.data.arrays import ArrayVideos
+from src.data.clips import ClipDataset
+from src.evaluation.comparing import Following, chosen_clips, clips_along, distances
+from src.evaluation.measuring import ClipSet, Measuring
+from src.metrics.protocol import Protocol
+from src.training.share import Share
+from tests.composing import composed
+from tests.unit.test_measuring import MeanColour
+
+NUM_VIDEOS = 30
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> ClipDataset:
+    folder = tmp_path_factory.mktemp("synthetic")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LATENT_VIDEO_CACHE", str(folder / "cache"))
+        node = composed(
+            "evaluate", "dataset=synthetic_tiny", "model=x", f"dataset.root={folder}/data",
+            f"dataset.num_videos={NUM_VIDEOS}", "dataset.num_test_videos=2", "dataset.num_frames=4",
+            "dataset.frame_stride=1", "dataset.resolution=16", "dataset.cache=null",
+        ).dataset  # fmt: skip
+        return build(node, split="train", seed=0)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATENT_VIDEO_CACHE", str(tmp_path))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+def protocol(**changes: object) -> Protocol:
+    few = replace(
+        build(composed("evaluate", "protocol=quick", "model=x").protocol), num_real=8, num_generated=6
+    )
+    return replace(few, **changes)  # type: ignore[arg-type]
+
+
+def noise(seed: int, count: int) -> ClipSet:
+    def frames(numbers: list[int]) -> Tensor:
+        draws = [torch.Generator().manual_seed(1000 * seed + number) for number in numbers]
+        return torch.stack(
+            [torch.randint(0, 256, (4, 16, 16, 3), generator=g, dtype=torch.uint8) for g in draws]
+        )
+
+    return ClipSet("generated", count, frames, {"set": "noise", "seed": seed})
+
+
+def following(dataset: ClipDataset, rules: Protocol, available: int | None = None) -> Following:
+    measuring = Measuring(Share(), 4, torch.device("cpu"))
+    return Following(
+        rules, measuring, MeanColour(), dataset, dataset.fingerprint, noise, available  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def colours(frames: Tensor) -> np.ndarray:
+    """The extractor's features, by NumPy."""
+    return (frames.numpy().astype(np.float64) / 127.5 - 1).mean((1, 2, 3))
+
+
+def numpy_frechet(a: np.ndarray, b: np.ndarray, ddof: int = 1) -> float:
+    covariances = [np.cov(side, rowvar=False, ddof=ddof) for side in (a, b)]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sum(covariances) - 2 * root.real))
+
+
+def numpy_kernel(a: np.ndarray, b: np.ndarray) -> float:
+    def mean(x: np.ndarray, y: np.ndarray, same: bool) -> float:
+        pairs = [
+            (float(x[i] @ y[j]) / 3 + 1) ** 3
+            for i in range(len(x))
+            for j in range(len(y))
+            if not (same and i == j)
+        ]
+        return math.fsum(pairs) / len(pairs)
+
+    return mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
+
+
+def test_each_seed_takes_clips_of_its_own_and_numbers_are_numpys(dataset):
+    followed = following(dataset, protocol(seeds=(0, 3)))
+    result = followed.result(num_replicates=20)
+    frechet, kernel = [], []
+    for seed in (0, 3):
+        items = followed.real_items(seed)
+        real = torch.stack([dataset.clip(item, "random", seed)["frames"] for item in items])
+        generated = noise(seed, 6).frames(list(range(6)))
+        frechet.append(numpy_frechet(colours(real), colours(generated)))
+        kernel.append(numpy_kernel(colours(real), colours(generated)))
+    assert followed.real_items(0) != followed.real_items(3) and len(set(followed.real_items(0))) == 8
+    names = [followed.comparison.name(metric) for metric in ("frechet_distance", "kernel_distance")]
+    assert names == ["fvd_fast@8vs6", "kvd_fast@8vs6"]
+    for name, values in zip(names, (frechet, kernel), strict=True):
+        told = result.uncertainty[name]
+        assert result.metrics[name] == pytest.approx(np.mean(values), rel=1e-5)
+        assert told["deviation_over_seeds"] == pytest.approx(np.std(values, ddof=1), rel=1e-4)
+        assert list(told["by_seed"].values()) == pytest.approx(values, rel=1e-5)
+        low, high = told["bootstrap"]["interval_95"]
+        assert low < values[0] < high
+
+
+def test_the_floor_is_that_of_other_real_videos(dataset):
+    followed = following(dataset, protocol())
+    told = followed.result(0).uncertainty["fvd_fast@8vs6"]
+    mine, others = followed.real_items(0), followed.other_items()
+    assert len(others) == 6 and not set(mine) & set(others)
+    sides = [
+        colours(torch.stack([dataset.clip(item, "random", 0)["frames"] for item in items]))
+        for items in (mine, others)
+    ]
+    assert told["floor"] == pytest.approx(numpy_frechet(*sides), rel=1e-5)
+    assert told["floor_measured_on"] == [8, 6] and "bootstrap" not in told
+
+
+def test_without_other_videos_halves_stand_in_and_the_law_of_numbers_converts(dataset):
+    followed = following(dataset, protocol(num_real=28))
+    assert followed.other_items() == []
+    told = followed.result(0).uncertainty["fvd_fast@28vs6"]
+    real = colours(torch.stack([dataset.clip(i, "random", 0)["frames"] for i in followed.real_items(0)]))
+    halves = numpy_frechet(real[0::2], real[1::2])
+    assert told["floor_measured_on"] == [14, 14]
+    assert told["floor"] == pytest.approx(halves * (1 / 28 + 1 / 6) / (1 / 14 + 1 / 14), rel=1e-5)
+
+
+def test_fewer_videos_than_the_protocol_wants_are_told(dataset):
+    followed = following(dataset, protocol(num_real=64, num_generated=64), available=5)
+    assert (followed.num_real, followed.num_generated) == (NUM_VIDEOS, 5)
+    assert followed.notes == [
+        f"only {NUM_VIDEOS} real videos, fewer than the protocol's 64",
+        "only 5 videos given, fewer than the protocol's 64",
+    ]
+    assert followed.real_items(0) == list(range(NUM_VIDEOS)), "all of them, in their own order"
+    everything = following(dataset, protocol(num_real=None))
+    assert everything.num_real == NUM_VIDEOS and everything.notes == []
+
+
+def test_a_side_that_isnt_resampled_is_that_of_the_first_seed(dataset):
+    fixed = following(dataset, protocol(seeds=(2, 5), resample_real=False, resample_generated=False))
+    values = list(fixed.result(0).uncertainty["fvd_fast@8vs6"]["by_seed"].values())
+    assert values[0] == values[1]
+    half = following(dataset, protocol(seeds=(2, 5), resample_generated=False))
+    values = list(half.result(0).uncertainty["fvd_fast@8vs6"]["by_seed"].values())
+    assert values[0] != values[1]
+    assert torch.equal(half.generated_rows(2)["features"], half.generated_rows(5)["features"])
+
+
+@pytest.mark.parametrize(("where", "start"), [("first", 0), ("middle", None)])
+def test_the_clip_of_a_video_is_the_one_that_the_protocol_names(dataset, where, start):
+    followed = following(dataset, protocol(real_clip=where, real_videos="sorted"))
+    entry = dataset.entries[3]
+    start = (entry.num_frames - 4) // 2 if start is None else start
+    expected = dataset.clip(3, start)["frames"]
+    clips = chosen_clips(dataset, followed.real_items(0), where, 0, "real", "")
+    assert torch.equal(clips.frames([3])[0], expected)
+    assert torch.equal(followed.real_rows(0)["shown"][3], expected)
+
+
+def test_arithmetic_and_covariance_are_the_protocols(dataset):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(12, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    plain, biased, single = (
+        distances(a, b, protocol(**change))["frechet_distance"]
+        for change in ({}, {"biased_covariance": True}, {"arithmetic": "float32_svd"})
+    )
+    assert plain == pytest.approx(numpy_frechet(a.numpy(), b.numpy()), rel=1e-9)
+    assert biased == pytest.approx(numpy_frechet(a.numpy(), b.numpy(), ddof=0), rel=1e-9)
+    assert single == pytest.approx(plain, rel=1e-4) and single != plain
+
+
+def test_vectors_of_single_frames_are_taken_together():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(5, 4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    told = distances(a, b, protocol())["frechet_distance"]
+    assert told == pytest.approx(numpy_frechet(a.numpy().reshape(20, 3), b.numpy().reshape(20, 3)), rel=1e-9)
+
+
+def test_clips_along_time_follow_each_other(tmp_path):
+    video = np.random.default_rng(0).integers(0, 256, (3, 27, 16, 16, 3), np.uint8)
+    np.save(tmp_path / "long.npy", video)
+    long = ArrayVideos(
+        [[tmp_path / "long.npy"]], num_frames=4, frame_stride=2, resolution=(16, 16), crop="squash"
+    )
+    clips = clips_along(long, [2, 0], 3, "abc")
+    assert clips.count == 6
+    told = clips.frames([1, 2, 3, 5])
+    for frames, (index, position) in zip(told, [(2, 1), (2, 2), (0, 0), (0, 2)], strict=True):
+        np.testing.assert_array_equal(frames, video[index, 8 * position : 8 * position + 8 : 2])
+    for positions in (0, 4):
+        with pytest.raises(ValueError, match=f"num_positions={positions}: .* 27 frames, which hold 3 clips"):
+            clips_along(long, [0], positions, "abc")
+
+
+def test_drift_is_the_distance_of_each_position_and_where_the_band_is_left(dataset, tmp_path):
+    """Long videos whose first half is real and whose second half is white."""
+    real = torch.stack([dataset.clip(item, "first")["frames"] for item in range(20, 26)]).numpy()
+    np.save(tmp_path / "long.npy", np.concatenate([real, real, np.full_like(real, 255)], axis=1))
+    long = ArrayVideos(
+        [[tmp_path / "long.npy"]], num_frames=4, frame_stride=1, resolution=(16, 16), crop="squash"
+    )
+    followed = following(dataset, protocol(), available=6)
+    drift = followed.drift(long, long.fingerprint, 3)
+    items = followed.real_items(0)
+    side = colours(torch.stack([dataset.clip(item, "random", 0)["frames"] for item in items]))
+    white = np.ones((6, 3))
+    expected = [numpy_frechet(side, colours(torch.from_numpy(real)))] * 2
+    expected.append(float(((side.mean(0) - white.mean(0)) ** 2).sum() + np.trace(np.cov(side, rowvar=False))))
+    curve = drift.distances["fvd_fast@8vs6"]
+    assert curve.values == pytest.approx(expected, rel=1e-4)
+    assert curve.floor == pytest.approx(followed.result(0).uncertainty["fvd_fast@8vs6"]["floor"])
+    assert drift.statistics["contrast"].left_at == 2 and drift.statistics["contrast"].median[2] == 0
+    assert (drift.num_frames, drift.num_videos, drift.num_real) == (4, 6, 8)
