@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from .config import (
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from .data.clips import ClipDataset
     from .evaluation.checking import NearestClips
@@ -32,27 +33,28 @@ if TYPE_CHECKING:
     from .model_folder import DataRecord, DiffusionModel
 
 
+@dataclass
+class Measured:
+    """All that an evaluation has found out."""
+
+    metrics: dict[str, float]
+    uncertainty: dict[str, dict[str, Any]]
+    shown: "dict[str, Tensor]"
+    copies: "NearestClips"
+    drift: "Drift | None"
+    notes: list[str]
+
+
 @verb("evaluate", EvaluateConfig)
 def main(cfg: DictConfig) -> None:
     """Writes ``evaluation.json``: distances by their protocol, plain statistics, reconstruction."""
-    from .data.storage import write_json
-    from .evaluation.checking import nearest_clips, plain_statistics, reconstruction
-    from .evaluation.comparing import Following, distances
-    from .evaluation.measuring import NUM_SHOWN, Measuring
-    from .metrics.i3d import WEIGHTS_SHA256
+    from .evaluation.comparing import Following
+    from .evaluation.measuring import Measuring
     from .model_folder import fingerprint, load_diffusion
     from .training.device import pick_device
     from .training.share import Share
 
-    if (cfg.model is None) == (cfg.videos is None):
-        raise ConfigError("give either model=FOLDER (videos are sampled) or videos=PATH (made before)")
-    if cfg.num_positions != 1 and cfg.videos is None:
-        raise ConfigError(
-            f"num_positions={cfg.num_positions} is for long videos that were made before: sample them "
-            "(src.sample num_frames=…) and give them as videos=FOLDER"
-        )
-    if cfg.compare_untrained and cfg.model is None:
-        raise ConfigError("compare_untrained=true needs model=FOLDER, there is no network behind videos=PATH")
+    check_request(cfg)
     protocol: Protocol = build(cfg.protocol)
     share, device = Share(), pick_device()
     model = None if cfg.model is None else load_diffusion(cfg.model).to(device)
@@ -65,85 +67,145 @@ def main(cfg: DictConfig) -> None:
         training = real if protocol.split == "train" else build(node, split="train", seed=0)
         held_out = build(node, split="test", seed=0)
         given = None if cfg.videos is None else videos_given(cfg.videos, protocol, real)
-    real_content = share.from_first(lambda: real.fingerprint)
-    weights = None if model is None else share.from_first(lambda: fingerprint(Path(cfg.model)))
     made_by: dict[str, Any]
-    if model is not None and weights is not None:
-        made_by = recipe(cfg, weights) | {"step": model.step}
+    if model is not None:
+        made_by = recipe(cfg, share.from_first(lambda: fingerprint(Path(cfg.model)))) | {"step": model.step}
         generated = sampled(cfg, model, made_by, protocol, node["num_frames"])
     else:
         assert given is not None
         made_by = {"content": share.from_first(lambda: given.fingerprint), "summary": given.summary()}
         generated = from_files(given, made_by["content"], protocol)
+    following = Following(
+        protocol,
+        Measuring(share, cfg.batch_size, device),
+        extractor,
+        real,
+        share.from_first(lambda: real.fingerprint),
+        generated,
+        None if given is None else len(given),
+    )
+    measured = measure(cfg, following, training, held_out, model, given, made_by, perceptual)
+    share.close()
+    if share.rank == 0:
+        write(output, following, measured, training, made_by)
+        print_result(following, measured)
+        print(f"written to {output}")
 
-    measuring = Measuring(share, cfg.batch_size, device)
-    available = None if given is None else len(given)
-    following = Following(protocol, measuring, extractor, real, real_content, generated, available)
+
+def check_request(cfg: DictConfig) -> None:
+    """Raises ConfigError for options that don't go together."""
+    if (cfg.model is None) == (cfg.videos is None):
+        raise ConfigError("give either model=FOLDER (videos are sampled) or videos=PATH (made before)")
+    if cfg.num_positions != 1 and cfg.videos is None:
+        raise ConfigError(
+            f"num_positions={cfg.num_positions} is for long videos that were made before: sample them "
+            "(src.sample num_frames=…) and give them as videos=FOLDER"
+        )
+    if cfg.compare_untrained and cfg.model is None:
+        raise ConfigError("compare_untrained=true needs model=FOLDER, there is no network behind videos=PATH")
+    for name, least in (("num_replicates", 0), ("num_reconstructed", 1)):
+        if cfg[name] < least:
+            raise ConfigError(f"{name} must be at least {least}, got {cfg[name]}")
+
+
+def measure(
+    cfg: DictConfig,
+    following: "Following",
+    training: "ClipDataset",
+    held_out: "ClipDataset",
+    model: "DiffusionModel | None",
+    given: "Videos | None",
+    made_by: dict[str, Any],
+    perceptual: "nn.Module | None",
+) -> Measured:
+    """Everything that needs the processes; each of them gets the whole."""
+    from .evaluation.checking import nearest_clips, plain_statistics, reconstruction
+    from .evaluation.comparing import distances
+    from .evaluation.measuring import NUM_SHOWN
+    from .model_folder import load_diffusion
+
+    protocol, extractor = following.protocol, following.extractor
     result = following.result(cfg.num_replicates)
-    first = protocol.seeds[0]
-    real_rows = following.real_rows(first)
-    others = {"generated": following.generated_rows(first)}
+    metrics = result.metrics
+    real = following.real_rows(protocol.seeds[0])
+    others = {"generated": following.generated_rows(protocol.seeds[0])}
     if cfg.compare_untrained:
-        untrained = load_diffusion(cfg.model, trained=False).to(device)
-        clips = sampled(cfg, untrained, made_by | {"untrained": True}, protocol, node["num_frames"])
-        others["untrained"] = following.rows_of(clips(first, following.num_generated))
+        untrained = load_diffusion(cfg.model, trained=False).to(following.measuring.device)
+        initial = made_by | {"untrained": True}
+        clips = sampled(cfg, untrained, initial, protocol, following.real.num_frames)
+        others["untrained"] = following.rows_of(clips(protocol.seeds[0], following.num_generated))
         if extractor is not None:
-            told = distances(real_rows["features"], others["untrained"]["features"], protocol)
-            names = {f"{following.comparison.name(metric)}_untrained": told[metric] for metric in told}
-            result.metrics |= names
-    metrics = result.metrics | plain_statistics(real_rows, others)
+            told = distances(real["features"], others["untrained"]["features"], protocol)
+            metrics |= {f"{following.comparison.name(metric)}_untrained": told[metric] for metric in told}
+    metrics |= plain_statistics(real, others)
     copies = nearest_clips(following, training, held_out, others["generated"], cfg.num_candidates, NUM_SHOWN)
     metrics |= copies.metrics
-    along = (
-        None
-        if given is None or cfg.num_positions == 1
-        else following.drift(given, made_by["content"], cfg.num_positions)
-    )
-    if model is not None and weights is not None:
-        metrics |= reconstruction(
-            model.autoencoder, weights, held_out, measuring, cfg.num_reconstructed, extractor, perceptual
-        )
-    notes = [*following.notes, *following.suspicions()]
-    share.close()
-    if share.rank > 0:
-        return
-
+    drift = None
+    if given is not None and cfg.num_positions > 1:
+        drift = following.drift(given, made_by["content"], cfg.num_positions)
     if model is not None:
-        notes += differences(real, model)
-    if given is not None and (getattr(given, "too_short", None) or getattr(given, "broken", None)):
+        metrics |= reconstruction(
+            model.autoencoder,
+            made_by["weights_sha256"],
+            held_out,
+            following.measuring,
+            cfg.num_reconstructed,
+            extractor,
+            perceptual,
+        )
+    shown = {"real": real["shown"], "generated": others["generated"]["shown"], "nearest": copies.frames}
+    return Measured(metrics, result.uncertainty, shown, copies, drift, notes_on(following, model, given))
+
+
+def notes_on(following: "Following", model: "DiffusionModel | None", given: "Videos | None") -> list[str]:
+    """What has to be known of the numbers, in words."""
+    from .metrics.i3d import WEIGHTS_SHA256
+
+    notes = [*following.notes, *following.suspicions()]
+    if model is not None:
+        notes += differences(following.real, model)
+    if getattr(given, "too_short", None) or getattr(given, "broken", None):
+        assert given is not None
         notes.append(f"not all given videos could be used: {given.summary()}")
+    extractor = following.extractor
     if extractor is not None and extractor.name == "i3d" and extractor.weights_sha256 != WEIGHTS_SHA256:
         notes.append(
             "the I3D weights aren't exactly those of TF-Hub: compare only with numbers of the same file"
         )
-    if real.broken:
-        notes.append(f"{len(real.broken):,} real videos are broken and left out, see python -m src.prepare")
+    if following.real.broken:
+        count = len(following.real.broken)
+        notes.append(f"{count:,} real videos are broken and left out, see python -m src.prepare")
+    return notes
+
+
+def write(
+    output: Path,
+    following: "Following",
+    measured: Measured,
+    training: "ClipDataset",
+    made_by: dict[str, Any],
+) -> None:
+    """Writes the record, the first videos of each side, and the table of nearest training clips."""
+    from .data.storage import write_json
+
+    protocol, copies = following.protocol, measured.copies
     output.parent.mkdir(parents=True, exist_ok=True)
-    shown = {
-        "real": real_rows["shown"],
-        "generated": others["generated"]["shown"],
-        "nearest": copies.frames,
-    }
-    sentence = following.comparison.sentence()
     record = {
-        "metrics": metrics,
-        "uncertainty": result.uncertainty,
-        "protocol": protocol.to_dict() | {"digest": protocol.digest, "sentence": sentence},
-        "comparison": comparison_record(following, extractor),
+        "metrics": measured.metrics,
+        "uncertainty": measured.uncertainty,
+        "protocol": protocol.to_dict()
+        | {"digest": protocol.digest, "sentence": following.comparison.sentence()},
+        "comparison": comparison_record(following),
         "generated": made_by,
-        "drift": None if along is None else along.to_dict(),
+        "drift": None if measured.drift is None else measured.drift.to_dict(),
         "copies": {"space": copies.space, "num_candidates": copies.num_candidates},
-        "videos": write_videos(output.parent, shown, real.fps),
-        "notes": notes,
+        "videos": write_videos(output.parent, measured.shown, following.real.fps),
+        "notes": measured.notes,
         "software": software(),
         "created": now(),
     }
     write_nearest(output.parent / "evaluation" / "nearest.csv", copies, training)
     write_json(output, record)
-    print_result(sentence, notes, metrics, result.uncertainty)
-    if along is not None:
-        print_drift(along)
-    print(f"written to {output}")
 
 
 def clip_geometry(
@@ -155,17 +217,14 @@ def clip_geometry(
         ConfigError: if the data set's options contradict the protocol, or nobody says what a clip is.
     """
     node: Any = OmegaConf.to_container(dataset, resolve=True)
-    decided = (
-        {} if protocol is None else {"num_frames": protocol.num_frames, "frame_stride": protocol.real_stride}
-    )
-    for fact, asked in decided.items():
-        if asked is None or protocol is None:
+    for fact, rule in (("num_frames", "num_frames"), ("frame_stride", "real_stride")):
+        asked = None if protocol is None else getattr(protocol, rule)
+        if asked is None:
             continue
         if node.get(fact) not in (None, asked):
-            key = "real_stride" if fact == "frame_stride" else fact
             raise ConfigError(
-                f"dataset.{fact}={node[fact]}, but protocol {protocol.name} has protocol.{key}={asked}; "
-                f"leave dataset.{fact} away, or change the protocol: protocol.{key}={node[fact]}"
+                f"dataset.{fact}={node[fact]}, but the protocol has protocol.{rule}={asked}; leave "
+                f"dataset.{fact} away, or change the protocol: protocol.{rule}={node[fact]}"
             )
         node[fact] = asked
     told = node.get("frame_stride") or node.get("fps")
@@ -334,10 +393,8 @@ def differences(dataset: "ClipDataset", model: "DiffusionModel") -> list[str]:
     ]
 
 
-def comparison_record(following: "Following", extractor: "FeatureExtractor | None") -> dict[str, Any]:
+def comparison_record(following: "Following") -> dict[str, Any]:
     """What was compared with what, ready for JSON; equal digests may stand in one column."""
-    from dataclasses import asdict
-
     from .evaluation.comparing import geometry
     from .evaluation.measuring import identity
 
@@ -347,7 +404,7 @@ def comparison_record(following: "Following", extractor: "FeatureExtractor | Non
         "resolution": list(following.comparison.resolution),
         "digest": following.comparison.digest,
         "real_clips": geometry(following.real),
-        "features": identity(extractor),
+        "features": identity(following.extractor),
     }
 
 
@@ -395,15 +452,13 @@ def write_nearest(path: Path, copies: "NearestClips", training: "ClipDataset") -
         table.writerows([sample, f"{distance:.6g}", video] for distance, sample, video in rows)
 
 
-def print_result(
-    sentence: str, notes: list[str], metrics: dict[str, float], uncertainty: dict[str, dict[str, Any]]
-) -> None:
+def print_result(following: "Following", measured: Measured) -> None:
     """The result for people: each distance beside its uncertainty and its floor."""
-    print(sentence)
-    for note in notes:
+    print(following.comparison.sentence())
+    for note in measured.notes:
         print(f"note: {note}")
-    for name, value in metrics.items():
-        told = uncertainty.get(name, {})
+    for name, value in measured.metrics.items():
+        told = measured.uncertainty.get(name, {})
         beside = []
         if "deviation_over_seeds" in told:
             beside.append(f"± {told['deviation_over_seeds']:.3g} over {len(told['by_seed'])} seeds")
@@ -413,6 +468,8 @@ def print_result(
         if "floor" in told:
             beside.append(f"real against real {told['floor']:.4g}")
         print(f"  {name:45} {value:.4g}{'   ' if beside else ''}{'; '.join(beside)}")
+    if measured.drift is not None:
+        print_drift(measured.drift)
 
 
 def print_drift(along: "Drift") -> None:
