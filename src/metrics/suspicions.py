@@ -22,6 +22,8 @@ def traits(frames: Tensor) -> dict[str, Tensor]:
     neighbouring frames that are equal; `content` the first 16 bytes of a checksum, as numbers.
     """
     values = frames.float()
+    colour = reduce(values, "b t h w c -> b c", "mean")
+    around = values - rearrange(colour, "b c -> b 1 1 1 c")
     pairs = frames[:, 1:] == frames[:, :-1]
     same = (
         reduce(pairs.float(), "b t h w c -> b t", "min").mean(1)
@@ -30,10 +32,10 @@ def traits(frames: Tensor) -> dict[str, Tensor]:
     )
     content = [hashlib.sha256(video.contiguous().numpy().tobytes()).digest()[:16] for video in frames.cpu()]
     return {
-        "colour": reduce(values, "b t h w c -> b c", "mean"),
+        "colour": colour,
         "dark": reduce((frames < 128).float(), "b t h w c -> b", "mean"),
         "black": reduce((frames == 0).float(), "b t h w c -> b", "mean"),
-        "spread": rearrange(values, "b t h w c -> b (t h w) c").var(1, correction=0).mean(1).sqrt(),
+        "spread": reduce(around.square(), "b t h w c -> b", "mean").sqrt(),
         "stillness": same,
         "content": torch.tensor([list(digest) for digest in content], dtype=torch.uint8),
     }
