@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .torchvision_import import declare_torchvision_operators
-from .weight_files import check_state, read_state
+from .weight_files import load_into, required
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -115,14 +115,7 @@ def load_inception(path: str | Path | None = None) -> InceptionV3:
         FileNotFoundError: without the file, saying where to get it.
         ValueError: if the file holds something else.
     """
-    if path is None or not Path(path).is_file():
-        raise FileNotFoundError(
-            f"no weights of the FID's Inception-v3{f' at {path}' if path else ''}. On a machine with a "
-            f"network run\n    wget {URL}\n"
-            "and point to the file: weights=PATH"
-        )
+    path = required(path, "the FID's Inception-v3", URL)
     network = InceptionV3()
-    state = read_state(path)
-    check_state(state, network.network, path, f"the FID's Inception-v3 ({FILE})")
-    network.network.load_state_dict(state)
+    load_into(network.network, path, f"the FID's Inception-v3 ({FILE})")
     return network

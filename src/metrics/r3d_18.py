@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .torchvision_import import declare_torchvision_operators
-from .weight_files import check_state, read_state
+from .weight_files import load_into, required
 
 FILE = "r3d_18-b3b3357e.pth"
 SIZE = 112
@@ -60,14 +60,7 @@ def load_r3d_18(path: str | Path | None = None) -> R3d18:
         FileNotFoundError: without the file, saying where to get it.
         ValueError: if the file holds something else.
     """
-    if path is None or not Path(path).is_file():
-        raise FileNotFoundError(
-            f"no weights of r3d_18{f' at {path}' if path else ''}. On a machine with a network run\n"
-            f"    wget https://download.pytorch.org/models/{FILE}\n"
-            "and point to the file: weights=PATH"
-        )
+    path = required(path, "r3d_18", f"https://download.pytorch.org/models/{FILE}")
     network = R3d18()
-    state = read_state(path)
-    check_state(state, network.network, path, f"torchvision's r3d_18 ({FILE})")
-    network.network.load_state_dict(state)
+    load_into(network.network, path, f"torchvision's r3d_18 ({FILE})")
     return network

@@ -16,7 +16,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .weight_files import check_state, read_state
+from .weight_files import check_state, read_state, required
 
 FILE = "vit_g_hybrid_pt_1200e_ssv2_ft.pth"
 URL = f"https://huggingface.co/OpenGVLab/InternVideoMAE_models/resolve/main/mae-g/{FILE}"
@@ -163,12 +163,7 @@ def load_videomae(path: str | Path | None = None) -> VideoMae:
         FileNotFoundError: without the file, saying where to get it.
         ValueError: if the file holds something else.
     """
-    if path is None or not Path(path).is_file():
-        raise FileNotFoundError(
-            f"no weights of VideoMAE V2{f' at {path}' if path else ''}. On a machine with a network run\n"
-            f"    wget {URL}\n"
-            "(some gigabytes) and point to the file: weights=PATH"
-        )
+    path = required(path, "VideoMAE V2 (some gigabytes)", URL)
     state = {name: tensor.float() for name, tensor in read_state(path).items()}
     # Without memory of its own, which the file's tensors bring.
     with torch.device("meta"):

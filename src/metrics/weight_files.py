@@ -108,6 +108,28 @@ def _state_of(loaded: object, path: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
 
 
+def required(path: str | Path | None, what: str, url: str) -> Path:
+    """The file of weights that was named.
+
+    Raises:
+        FileNotFoundError: if none was, or it isn't there, saying where to get it.
+    """
+    if path is not None and Path(path).is_file():
+        return Path(path)
+    raise FileNotFoundError(
+        f"no weights of {what}{f' at {path}' if path else ''}. On a machine with a network run\n"
+        f"    wget {url}\n"
+        "and point to the file: weights=PATH"
+    )
+
+
+def load_into(network: nn.Module, path: Path, what: str) -> None:
+    """Loads a file of weights into the network that it must fit; see `check_state`."""
+    state = read_state(path)
+    check_state(state, network, path, what)
+    network.load_state_dict(state)
+
+
 def check_state(state: Mapping[str, Tensor], network: nn.Module, path: str | Path, what: str) -> None:
     """Raises ValueError unless the tensors are those of the network by name and shape.
 
