@@ -43,7 +43,7 @@ EPS = 1e-5  # of the port's batch normalization
 def ours(clips: np.ndarray[Any, np.dtype[np.uint8]], folder: Path) -> dict[str, Callable[[], Tensor]]:
     """The function that `evaluate` calls."""
     from src.metrics.features import i3d_features
-    from src.metrics.i3d import load_i3d
+    from src.metrics.i3d_weights import load_i3d
 
     network = load_i3d()
 
@@ -183,7 +183,7 @@ class Way:
 
 def port_state() -> dict[str, Tensor]:
     """Our weights under the names of pytorch-i3d, batch normalization doing nothing but adding the bias."""
-    from src.metrics.i3d import _flax_names, load_i3d
+    from src.metrics.i3d_weights import _flax_names, load_i3d
 
     branches = dict(plain="b0", wide_in="b1a", wide="b1b", narrow_in="b2a", narrow="b2b", pooled="b3b")
     state = load_i3d().state_dict()

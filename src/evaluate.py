@@ -159,7 +159,7 @@ def measure(
 
 def notes_on(following: "Following", model: "DiffusionModel | None", given: "Videos | None") -> list[str]:
     """What has to be known of the numbers, in words."""
-    from .metrics.i3d import WEIGHTS_SHA256
+    from .metrics.i3d_weights import WEIGHTS_SHA256
 
     notes = [*following.notes, *following.suspicions()]
     if model is not None:

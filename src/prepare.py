@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.weights is not None:
         if cfg.weights != "i3d":
             raise ConfigError(f"unknown weights={cfg.weights}; known: i3d")
-        from .metrics.i3d import install_i3d
+        from .metrics.i3d_weights import install_i3d
 
         print(f"I3D weights: {install_i3d()}")
     if cfg.get("dataset") is not None:

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import i3d, inception, r3d_18, videomae
+from . import i3d, i3d_weights, inception, r3d_18, videomae
 from .precision import full_precision
 from .weight_files import state_sha256
 
@@ -155,7 +155,7 @@ class ExtractorKind:
 EXTRACTORS = {
     "i3d": ExtractorKind(
         "The 400 logits of I3D, trained on Kinetics-400: the features of the Fréchet video distance.",
-        i3d.load_i3d,
+        i3d_weights.load_i3d,
         size=i3d.SIZE,
         dim=i3d.NUM_CLASSES,
         min_frames=i3d.MIN_FRAMES,
@@ -267,7 +267,7 @@ def i3d_features(network: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
     """I3D logits of videos of any size: `(b 3 t h w)` in [-1, 1] → `(b 400)`.
 
     Args:
-        network: what `metrics.i3d.load_i3d` gives.
+        network: what `metrics.i3d_weights.load_i3d` gives.
         video: at least 9 frames.
     """
     return _in_chunks(network, video, I3D_SIZE, "squash")

@@ -45,7 +45,8 @@ from src.interop.official_sampling import (
 )
 from src.metrics.features import resize_frames
 from src.metrics.frechet import Arithmetic, GaussianStatistics, frechet_distance
-from src.metrics.i3d import I3d, from_pytorch_i3d
+from src.metrics.i3d import I3d
+from src.metrics.i3d_weights import from_pytorch_i3d
 from src.metrics.kernel import kernel_distance
 from src.metrics.reconstruction import perceptual_distance
 from src.models.embeddings import sinusoidal_embedding

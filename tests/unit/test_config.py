@@ -74,7 +74,7 @@ def test_dots_mean_this_package() -> None:
         "os.system",
         ".data.video.os.system",
         ".models.unet.torch.load",
-        ".metrics.i3d.install_i3d",
+        ".metrics.i3d_weights.install_i3d",
         "src.models.unet.UNet3d",
     ],
 )

