@@ -1,13 +1,16 @@
-"""One of the processes of a small run, started by a test: MICRO_BATCH_SIZE FOLDER [STEPS [fsdp] [bad]]."""
+"""One of the processes of a small run, started by a test: MICRO_BATCH_SIZE FOLDER [STEPS [HOW …]]."""
 
+import itertools
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from src.data.sampler import Batch
+from src.stages.stage import Modules
 from src.training import sharding
 from src.training.device import leave, make_accelerator
 from src.training.ema import Ema
@@ -29,15 +32,31 @@ class Net(nn.Module):
         return self.layers(x).reshape(len(x), 1, 1, 1, 3)
 
 
+class OneByOne(OneWeight):
+    """Looks at all held-out clips before it measures."""
+
+    def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
+        """The sum of the weights."""
+        for _ in batches:
+            pass
+        return super().evaluate(modules, batches)
+
+
 def main(
-    micro_batch_size: int, folder: Path, num_steps: int = 5, fsdp: bool = False, bad: bool = False
+    micro_batch_size: int,
+    folder: Path,
+    num_steps: int = 5,
+    fsdp: bool = False,
+    bad: bool = False,
+    slow: bool = False,
 ) -> None:
     """Trains for some steps and leaves the weights, as this process has them, in the folder.
 
-    With ``bad`` one clip of the third step isn't finite, and the step is skipped.
+    With ``bad`` one clip of the third step isn't finite, and the step is skipped. With ``slow`` measuring
+    takes a minute, and a file tells that it has begun.
     """
     torch.manual_seed(0)
-    stage = OneWeight()
+    stage = OneByOne()
     stage.modules = {"weight": Net()}
     accelerator, micro = make_accelerator(
         precision="no", tf32=False, batch_size=BATCH_SIZE, micro_batch_size=micro_batch_size
@@ -64,6 +83,13 @@ def main(
                 yield Batch(video, torch.full((micro,), -1), positions)
             step += 1
 
+    def held_out() -> Iterator[Batch]:
+        for batch in itertools.islice(batches(0), 300 if slow else 3):
+            if slow:
+                (folder / "measuring").touch()
+                time.sleep(0.2)
+            yield batch
+
     run(
         folder,
         batches,
@@ -73,6 +99,7 @@ def main(
         batch_size=BATCH_SIZE,
         learning_rate=0.01,
         num_steps=num_steps,
+        held_out=held_out,
         evaluate_every=2,
         averages=averages,
         on_nonfinite="skip" if bad else "stop",
@@ -84,5 +111,12 @@ def main(
 
 if __name__ == "__main__":
     _, micro, folder, *more = sys.argv
-    main(int(micro), Path(folder), *map(int, more[:1]), fsdp="fsdp" in more, bad="bad" in more)
+    main(
+        int(micro),
+        Path(folder),
+        *map(int, more[:1]),
+        fsdp="fsdp" in more,
+        bad="bad" in more,
+        slow="slow" in more,
+    )
     leave(0)

@@ -52,7 +52,7 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0, write: bool
     Raises:
         OSError: if the disk is full or read-only; nothing that was there is lost.
     """
-    target = folder / f"step_{state.progress['step']:09d}"
+    target = path_of(folder, state.progress["step"])
     optimizers, groups = _flatten_optimizers(state.optimizers)
     running = {name: value.contiguous() for name, value in state.running.items()}
     contents = (_flatten_modules(state.modules), _flatten_modules(state.averages), optimizers, running)
@@ -80,6 +80,11 @@ def note_progress(folder: Path, state: State) -> None:
     description = json.loads(path.read_text(encoding="utf-8")) | {"progress": state.progress}
     del description["checksum"]
     write_json(path, description | {"checksum": _checksum(description)})
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the state of a step lies, if it was saved."""
+    return folder / f"step_{step:09d}"
 
 
 def list_states(folder: Path) -> list[Path]:

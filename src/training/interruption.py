@@ -3,7 +3,8 @@
 import signal
 import threading
 from collections import deque
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -18,17 +19,26 @@ class Interrupted(RuntimeError):
     """The run stopped because it was asked to; nothing is lost."""
 
 
+class MeasuringStopped(BaseException):
+    """What is being measured is given up, since the run was asked to stop; it can be measured again.
+
+    Not an ordinary error, so that nobody takes it for damage of a clip, say.
+    """
+
+
 class StopRequests:
     """Listens for signals while a run is at work.
 
     While ``at_once`` holds, as before the first step and after the last state is saved, a signal raises at
     once. Otherwise it is noted, for the loop to finish its step; a second Ctrl-C raises at once all the same.
+    What is computed within :meth:`giving_up` is given up, as it may take longer than launchers wait.
     Processes of one run get a signal at different steps: they agree by the maximum of a flag, reduced with
     every step and, on a GPU, read two steps later, so that no step waits for it.
     """
 
     def __init__(self) -> None:
         self.at_once = True
+        self._gives_up = False
         self.received: int | None = None
         self.name = "another process"
         self._previous: dict[int, Any] = {}
@@ -67,15 +77,39 @@ class StopRequests:
             raise KeyboardInterrupt
         if self.at_once:
             raise Interrupted(f"stopped by {self.name}, with nothing to save; the same command goes on")
+        self.give_up()
 
-    def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether all processes stop after this step; to be asked after each step by all of them."""
+    @contextmanager
+    def giving_up(self) -> Iterator[None]:
+        """Within it a request that has come, or comes, raises MeasuringStopped.
+
+        For what this process computes alone, and what can be computed again: nothing may be written in it.
+        """
+        self._gives_up = True
+        try:
+            self.give_up()
+            yield
+        finally:
+            self._gives_up = False
+
+    def give_up(self) -> None:
+        """Raises MeasuringStopped within :meth:`giving_up` if a request has come, which wasn't heeded yet."""
+        if self._gives_up and self.received is not None:
+            self._gives_up = False  # once is enough
+            raise MeasuringStopped
+
+    def agreed(self, accelerator: Accelerator, *, now: bool = False) -> bool:
+        """Whether all processes stop after this step; to be asked after each step by all of them.
+
+        With ``now``, which must be the same for all, they wait for each other, and all requests count that
+        have come till then.
+        """
         wanted = self.received is not None
         if accelerator.num_processes == 1:
             return wanted
         flag = torch.tensor(float(wanted), device=accelerator.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        if flag.device.type != "cuda":
+        if now or flag.device.type != "cuda":
             return bool(flag)
         copied = flag.to("cpu", non_blocking=True)
         event = torch.cuda.Event()

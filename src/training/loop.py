@@ -3,10 +3,10 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NoReturn, get_args
 
 import torch
 from accelerate import Accelerator
@@ -19,9 +19,9 @@ from ..stages.stage import Stage
 from . import checkpoint
 from .console import Console
 from .ema import Averages
-from .interruption import Interrupted, StopRequests
+from .interruption import Interrupted, MeasuringStopped, StopRequests
 from .learning_rate import learning_rate_factor
-from .numbers import REMEDY, NonFiniteError, Pending
+from .numbers import REMEDY, UNTOUCHED, NonFiniteError, Pending
 from .sharding import is_sharded, whole, whole_weights
 from .tracker import Tracker
 
@@ -74,6 +74,12 @@ class LoopSettings:
 def every(step: int, period: int) -> bool:
     """Whether something periodic is due after this step."""
     return period > 0 and step % period == 0
+
+
+def looks_after(step: int, settings: LoopSettings) -> list[str]:
+    """Which looks at held-out clips are due after a step: both after the last one."""
+    periods = {"preview": settings.preview_every, "evaluate": settings.evaluate_every}
+    return [name for name, period in periods.items() if step == settings.num_steps or every(step, period)]
 
 
 def train(
@@ -190,8 +196,11 @@ def train(
         )
 
     main = accelerator.is_main_process
-    measured = not at_the_end_already or state.progress.get("measured") == step
-    tracks = tracker(step, measured) if main else None
+    # Looks that a former start has not come to, or not finished.
+    owed = looks_after(step, settings) if resumed else []
+    if set(owed) <= set(state.progress.get("looked", [])):
+        owed = []
+    tracks = tracker(step, not owed) if main else None
     if main:
         record(step, seconds_before)
     pending = Pending(accelerator.num_processes, skips, settings.max_skipped, clips_of)
@@ -213,33 +222,59 @@ def train(
             tracks.chart(step, console.rates(step))
             console.show(step, next(iter(numbers.values())))
 
-    def look(preview: bool, evaluate: bool) -> None:
+    def look(due: list[str]) -> bool:
+        """Previews and numbers on held-out clips; False if a request to stop came before they were done."""
         if tracks is None and not sharded:
-            return
+            return True
         for module in bare.values():
             module.eval()
-        if preview:
-            batch = next(iter(held_out()), None)
-            if batch is not None:
-                videos = stage.preview(shown, _first_clips(batch, 8))
-                if tracks is not None:
-                    tracks.videos(step, videos)
-        if evaluate:
-            numbers = stage.evaluate(shown, held_out())
-            wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
-            if wrong:
-                raise NonFiniteError(
-                    f"on held-out clips {' and '.join(wrong)} became {numbers[wrong[0]]} after step {step}; "
-                    f"the last saved state is untouched. {REMEDY}"
-                )
-            if tracks is not None:
-                tracks.log(step, {"time": seconds()} | {f"held_out/{name}": x for name, x in numbers.items()})
-            if sharded:  # all must come to the same decision
-                numbers = broadcast_object_list([numbers])[0]
-            keep_best(numbers)
-            state.progress["measured"] = step
-        for module in bare.values():
-            module.train()
+        try:
+            if "preview" in due:
+                preview()
+            if "evaluate" in due:
+                evaluate()
+        except MeasuringStopped:
+            return False
+        finally:
+            for module in bare.values():
+                module.train()
+        state.progress["looked"] = due
+        return True
+
+    def measuring() -> AbstractContextManager[None]:
+        # Of sharded modules no process may leave the others alone: they ask each other between batches.
+        return nullcontext() if sharded else requests.giving_up()
+
+    def until_asked_to_stop(measured: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in measured:
+            requests.give_up()
+            if sharded and requests.agreed(accelerator, now=True):
+                raise MeasuringStopped
+            yield batch
+
+    def preview() -> None:
+        with measuring():
+            batch = next(until_asked_to_stop(held_out()), None)
+            videos = {} if batch is None else stage.preview(shown, _first_clips(batch, 8))
+        if tracks is not None:
+            tracks.videos(step, videos)
+
+    def evaluate() -> None:
+        with measuring():
+            numbers = stage.evaluate(shown, until_asked_to_stop(held_out()))
+        wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
+        if wrong:
+            saved = checkpoint.path_of(folder / "state", step)
+            raise NonFiniteError(
+                f"on held-out clips {' and '.join(wrong)} became {numbers[wrong[0]]} after step {step}; "
+                + (f"remove {saved} to go on from the state before it" if saved.exists() else UNTOUCHED)
+                + f". {REMEDY}"
+            )
+        if tracks is not None:
+            tracks.log(step, {"time": seconds()} | {f"held_out/{name}": x for name, x in numbers.items()})
+        if sharded:  # all must come to the same decision
+            numbers = broadcast_object_list([numbers])[0]
+        keep_best(numbers)
 
     def keep_best(numbers: Mapping[str, float]) -> None:
         name = settings.best_metric
@@ -253,9 +288,10 @@ def train(
         if best is not None:
             better = value > best["value"] if name in stage.higher_is_better else value < best["value"]
         if best is None or better:
-            state.progress["best"] = {"metric": name, "value": value}
-            stage.finish(shown, statistics())
+            with measuring():
+                stage.finish(shown, until_asked_to_stop(statistics()))
             write_model("model_best")
+            state.progress["best"] = {"metric": name, "value": value}  # it is there only now
 
     def write_model(name: str) -> None:
         weights = whole_weights(shown[stage.exported]) if main or sharded else {}
@@ -289,12 +325,25 @@ def train(
         if main or sharded:
             checkpoint.save(folder / "state", state, settings.keep_states, settings.keep_every, write=main)
 
+    def stop() -> NoReturn:
+        console.close()
+        if tracks is not None:
+            tracks.close()
+        raise Interrupted(
+            f"stopped by {requests.name} after step {step} of {settings.num_steps}, which is saved "
+            f"in {folder}; the same command goes on"
+        )
+
     def snapshot() -> None:
         if averages is not None and (main or sharded):
             averages.snapshot(folder / "averages", step, write=main)
 
     source = batches(step)
     requests.at_once = False
+    if owed and not at_the_end_already:
+        look(owed)
+        if requests.agreed(accelerator, now=True):
+            stop()
     with _profiler(settings.profile and main, folder) as profiler:
         while step < settings.num_steps:
             # Each step starts from its own random state, so that dropout survives a resume, too.
@@ -339,33 +388,31 @@ def train(
 
             if every(step, settings.log_every):
                 log()
-            looks = every(step, settings.preview_every) or every(step, settings.evaluate_every)
+            due = looks_after(step, settings)
             snaps = averages is not None and every(step, settings.snapshot_every)
-            if looks or snaps:  # which nothing but sound weights deserve
+            if due or snaps:  # which nothing but sound weights deserve
                 pending.collect(mean_over_processes)
-            if looks:
-                look(every(step, settings.preview_every), every(step, settings.evaluate_every))
             if snaps:
                 snapshot()
-            saves = every(step, settings.save_every) and step < settings.num_steps
-            if saves:
+            if step == settings.num_steps:
+                break
+            state.progress["looked"] = []
+            saved = every(step, settings.save_every)
+            if saved:  # before the looks, which may take long
                 log()
                 save()
-            if requests.agreed(accelerator) and step < settings.num_steps:
-                if not saves:  # the numbers since the last row go into the state, so that rows don't change
+            if due and look(due) and saved and main:
+                checkpoint.note_progress(folder / "state", state)
+            if requests.agreed(accelerator, now=bool(due)):
+                if not saved:  # the numbers since the last row go into the state, so that rows don't change
                     pending.collect(mean_over_processes)
                     save()
-                console.close()
-                if tracks is not None:
-                    tracks.close()
-                raise Interrupted(
-                    f"stopped by {requests.name} after step {step} of {settings.num_steps}, which is saved "
-                    f"in {folder}; the same command goes on"
-                )
+                stop()
 
     log()
     console.close()
     if not at_the_end_already:
+        state.progress["looked"], owed = [], looks_after(step, settings)
         save()
     requests.at_once = True  # what remains can be done again
     if requests.received is not None:
@@ -373,12 +420,8 @@ def train(
     for module in bare.values():
         module.eval()
     stage.finish(shown, statistics())
-    if state.progress.get("measured") != step:
-        look(at_the_end_already or not every(step, settings.preview_every), True)
-        if main:  # so that it isn't measured twice
-            checkpoint.note_progress(folder / "state", state)
-    elif not every(step, settings.preview_every):
-        look(True, False)
+    if owed and look(owed) and main:  # noted so that it isn't measured twice
+        checkpoint.note_progress(folder / "state", state)
     if settings.snapshot_every:
         snapshot()
     write_model("model")

@@ -80,7 +80,7 @@ class Pending:
                 total[1] += 1.0
         if wrong and not self.skips:
             step, what = next(iter(wrong.items()))
-            raise NonFiniteError(f"{what}{self._of_clips(step)}; the last saved state is untouched. {REMEDY}")
+            raise NonFiniteError(f"{what}{self._of_clips(step)}; {UNTOUCHED}. {REMEDY}")
         self.num_skipped += len(wrong)
         if self.num_skipped > self.most_skipped:
             step, what = list(wrong.items())[-1]
@@ -95,6 +95,7 @@ class Pending:
         return f" (clips of {', '.join(clips[:8])}{more})" if clips else ""
 
 
+UNTOUCHED = "the last saved state is untouched"
 REMEDY = (
     "Try a lower optimizer.lr, train.clip_norm=1, machine.precision=no, or train.on_nonfinite=skip to leave "
     "such steps out"

@@ -1,12 +1,14 @@
 """The loop with a stage of one weight: stopping, skipping, resuming."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,7 @@ def run(
     learning_rate: float = 0.1,
     fused: bool = True,
     tensorboard: bool = False,
+    held_out: Callable[[], Iterable[Batch]] = list,
     **changes: Any,
 ) -> OneWeight:
     """Trains one weight, or the stage that is given, in a folder."""
@@ -130,7 +133,7 @@ def run(
             stage,
             optimizers={"weight": torch.optim.AdamW(parameters, learning_rate, fused=fused)},
             batches=batches,
-            held_out=list,
+            held_out=held_out,
             statistics=list,
             clips_of=lambda step: [f"clip_{2 * step - 2}.mp4", f"clip_{2 * step - 1}.mp4"],
             export=export or keep_step(folder),
@@ -207,6 +210,94 @@ def test_a_skipped_step_changes_nothing_and_is_counted(tmp_path: Path) -> None:
         run(tmp_path / "c", always, on_nonfinite="skip")
     with pytest.raises(ValueError, match="only fused optimizers"):
         run(tmp_path / "d", clips(), fused=False, on_nonfinite="skip")
+
+
+class Measuring(OneWeight):
+    """Is asked to stop in the middle of one of the things that are measured at step 6, which takes long."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.step = where, 0
+
+    def updates(self, modules: Modules, batch: Batch, step: int) -> Iterator[Update]:
+        self.step = step + 1
+        if self.where == "step" and self.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield from super().updates(modules, batch, step)
+
+    def take_long(self, where: str) -> None:
+        if self.where == where and self.step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    def preview(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:
+        self.take_long("preview")
+        return {"clip": batch.video.expand(-1, 3, 2, 8, 8)}
+
+    def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
+        for _ in batches:
+            self.take_long("evaluate")
+        assert self.step != 6 or self.where != "step", "asked before, it isn't begun"
+        return super().evaluate(modules, batches)
+
+    def finish(self, modules: Modules, batches: Iterable[Batch]) -> None:
+        self.take_long("finish")
+
+
+@pytest.mark.parametrize("save_every", [0, 3])
+@pytest.mark.parametrize("where", ["step", "preview", "evaluate", "finish"])
+def test_asked_to_stop_while_measuring_it_saves_at_once_and_measures_again(
+    where: str, save_every: int, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "evaluate_every": 3, "preview_every": 6, "best_metric": "weight", "log_every": 4,
+        "save_every": save_every, "held_out": lambda: itertools.islice(clips()(0), 2),
+    }  # fmt: skip
+    straight, exports = run(tmp_path / "b", clips(), stage=Measuring("nowhere"), **settings), []
+    export = keep_step(tmp_path / "a")
+
+    def noted(name: str, weights: dict[str, Tensor], step: int) -> None:
+        exports.append((name, step))
+        export(name, weights, step)
+
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step 6 of 12"):
+        run(tmp_path / "a", clips(), stage=Measuring(where), export=noted, **settings)
+    assert time.monotonic() - began < 20
+    assert checkpoint.list_states(tmp_path / "a/state")[-1].name == "step_000000006"
+    assert exports == [("model_best", 3)], "what was given up left no trace"
+    resumed = run(tmp_path / "a", clips(), stage=Measuring("nowhere"), export=noted, **settings)
+    assert weight_of(resumed) == weight_of(straight)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    assert len(rows(tmp_path / "b")) == (10 if save_every else 7)
+    told = [json.loads((tmp_path / name / "state/step_000000012/state.json").read_text()) for name in "ab"]
+    assert told[0]["progress"]["best"] == told[1]["progress"]["best"]
+    assert ("model_best", 6) in exports
+    assert {path.name for path in (tmp_path / "a/previews").iterdir()} == {"step_000000006", "step_000000012"}
+
+
+def test_what_was_measured_isnt_measured_again(tmp_path: Path) -> None:
+    """Killed after the looks of a step whose state was saved before them."""
+    looked: list[int] = []
+
+    class Watched(OneWeight):
+        def evaluate(self, modules: Modules, batches: Iterable[Batch]) -> dict[str, float]:
+            looked.append(1)
+            return super().evaluate(modules, batches)
+
+    def killed(step: int) -> Iterator[Batch]:
+        for at, batch in enumerate(clips()(step), start=step):
+            if at == 7:
+                raise KeyboardInterrupt
+            yield batch
+
+    settings: dict[str, Any] = {"evaluate_every": 6, "save_every": 6, "log_every": 2}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", killed, stage=Watched(), **settings)
+    run(tmp_path / "a", clips(), stage=Watched(), **settings)
+    assert len(looked) == 2
+    run(tmp_path / "b", clips(), **settings)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -606,6 +697,35 @@ def test_a_sharded_run_is_the_same_run(tmp_path: Path) -> None:
                 torch.testing.assert_close(other, value, rtol=0, atol=2e-6)
                 if name == "stopped":
                     assert torch.equal(other, contents["sharded"][file][key])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [[], ["fsdp"]])
+def test_several_processes_that_measure_stop_together(how: list[str], tmp_path: Path) -> None:
+    """The launcher hands the signal on while the first measures, or all do, which would take a minute."""
+    script = Path(__file__).parents[1] / "one_of_several.py"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, str(script), "4", str(tmp_path / "a"), "5", *how, "slow"],
+        cwd=script.parents[1], env={**os.environ, "PYTHONPATH": str(script.parents[1])},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "a/measuring").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    output, _ = process.communicate(timeout=60)
+    assert time.monotonic() - began < 25, "the launcher kills after 30 seconds"
+    assert output.count("Interrupted: stopped by SIGTERM after step 2 of 5") == 2, output
+    assert [path.name for path in checkpoint.list_states(tmp_path / "a/state")] == ["step_000000002"]
+    for name in ("a", "b"):
+        in_processes(2, "4", str(tmp_path / name), "5", *how)
+    one, other = (torch.load(tmp_path / name / "model.pt") for name in ("a", "b"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
 
 
 @pytest.mark.slow
