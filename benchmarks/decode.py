@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -68,11 +69,11 @@ def pyav(path: str, starts: list[int], stride: int, points: Points) -> tuple[Cli
     """Decoding from the beginning, and converting what is wanted."""
     import av
 
-    clips = []
+    clips: Clips = []
     decoded = 0
     for start in starts:
         wanted = set(range(start, start + NUM_FRAMES * stride, stride))
-        frames = []
+        frames: list[Any] = []
         with av.open(path) as container:
             container.streams.video[0].codec_context.thread_count = 1
             for index, frame in enumerate(container.decode(video=0)):
@@ -127,7 +128,7 @@ def work(name: str) -> None:
         try:
             version = __import__(module).__version__
             if module == "torchcodec":
-                import torchcodec.decoders  # noqa: F401
+                import torchcodec.decoders  # type: ignore[import-not-found]  # noqa: F401
         except (ImportError, OSError, RuntimeError) as error:
             print(json.dumps({"missing": str(error).strip().splitlines()[0]}), flush=True)
             return
@@ -202,8 +203,9 @@ def known(path: Path) -> Video:
     info = probe(path)
     with av.open(str(path)) as container:
         packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(video=0) if packet.size]
-    keys = [pts for pts, is_key in packets if is_key]
-    numbers = [sum(1 for pts, _ in packets if pts < key) for key in keys] if len(keys) > 1 else [0]
+    stamps = [pts for pts, _ in packets if pts is not None]
+    keys = [pts for pts, is_key in packets if is_key and pts is not None]
+    numbers = [sum(pts < key for pts in stamps) for key in keys] if len(keys) > 1 else [0]
     return Video(str(path), info.num_frames, info.seek_points, numbers)
 
 
@@ -273,11 +275,8 @@ def decoded_by_ours(video: Video, starts: list[int], stride: int, at_once: bool)
         count += 1
         return plain(*arguments)
 
-    module._DecodedFrame = counted
-    try:
+    with mock.patch.object(module, "_DecodedFrame", counted):
         (ours_at_once if at_once else ours)(video.path, starts, stride, list(video.points))
-    finally:
-        module._DecodedFrame = plain
     return count
 
 

@@ -30,7 +30,7 @@ from src.train import stage_of
 from src.training.device import make_accelerator
 from src.training.share import Share
 
-LOADING = {"num_workers": 0, "pin_memory": False, "prefetch_factor": 2}
+LOADING: dict[str, Any] = {"num_workers": 0, "pin_memory": False, "prefetch_factor": 2}
 
 
 def main() -> None:

@@ -15,11 +15,12 @@ import time
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from src.data.sampler import Batch
+from src.data.sampler import Batch, LatentBatch
 from src.stages.stage import Modules, Update
 from src.training.device import make_accelerator
 from src.training.interruption import StopRequests
@@ -31,14 +32,16 @@ class OneWeight:
     """A stage whose only module is one weight."""
 
     exported = "weight"
+    measured: tuple[str, ...] = ()
     higher_is_better: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.modules: dict[str, nn.Module] = {"weight": nn.Linear(1, 1, bias=False)}
         self.running: dict[str, Tensor] = {}
 
-    def updates(self, modules: Modules, batch: Batch, step: int) -> Iterator[Update]:
+    def updates(self, modules: Modules, batch: Batch | LatentBatch, step: int) -> Iterator[Update]:
         """The mean of the weight times the clip."""
+        assert isinstance(batch, Batch)
         yield Update("weight", modules["weight"](batch.video).mean(), {})
 
     def preview(self, modules: Modules, batch: Batch) -> dict[str, Tensor]:
@@ -74,6 +77,24 @@ def bare(num_steps: int) -> float:
     return 1e3 * (time.perf_counter() - began) / num_steps
 
 
+def measure(num_steps: int, repeats: int) -> dict[str, Any]:
+    """The record of so many rounds of so many steps in each way."""
+    rows = [(bare(num_steps), ours(num_steps, 0), ours(num_steps, 50)) for _ in range(repeats)]
+    return {
+        "command": "python -m benchmarks.loop",
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "torch": torch.__version__,
+        "milliseconds_a_step": {
+            "bare": round(statistics.median(row[0] for row in rows), 4),
+            "ours": round(statistics.median(row[1] for row in rows), 4),
+            "ours_logging_every_50": round(statistics.median(row[2] for row in rows), 4),
+        },
+        "ours_more_than_bare": round(statistics.median(row[1] - row[0] for row in rows), 4),
+        "logging_more": round(statistics.median(row[2] - row[1] for row in rows), 4),
+    }
+
+
 def ours(num_steps: int, log_every: int) -> float:
     """Milliseconds of a step of the project's loop, without its start and end."""
     stage = OneWeight()
@@ -95,7 +116,7 @@ def ours(num_steps: int, log_every: int) -> float:
             statistics=list,
             clips_of=lambda step: [],
             export=lambda name, module, step: None,
-            ema=None,
+            averages=None,
             settings=LoopSettings(
                 num_steps=num_steps,
                 warmup_steps=0,
@@ -117,7 +138,8 @@ def ours(num_steps: int, log_every: int) -> float:
             folder=folder,
             resume="auto",
             batch_size=2,
-            tracker=lambda step: Tracker(folder, step, 8.0, tensorboard=True),
+            model_step=lambda: None,
+            tracker=lambda step, measured: Tracker(folder, step, 8.0, measured=measured, tensorboard=True),
             record=lambda step, seconds: None,
             requests=StopRequests(),
             seed=0,
@@ -133,22 +155,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file, for example benchmarks/results/loop.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [
-        (bare(options.steps), ours(options.steps, 0), ours(options.steps, 50)) for _ in range(options.repeats)
-    ]
-    record = {
-        "command": "python -m benchmarks.loop",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "torch": torch.__version__,
-        "milliseconds_a_step": {
-            "bare": round(statistics.median(row[0] for row in rows), 4),
-            "ours": round(statistics.median(row[1] for row in rows), 4),
-            "ours_logging_every_50": round(statistics.median(row[2] for row in rows), 4),
-        },
-        "ours_more_than_bare": round(statistics.median(row[1] - row[0] for row in rows), 4),
-        "logging_more": round(statistics.median(row[2] - row[1] for row in rows), 4),
-    }
+    record = measure(options.steps, options.repeats)
     print(json.dumps(record, indent=1))
     if options.output is not None:
         options.output.write_text(json.dumps(record, indent=1) + "\n")

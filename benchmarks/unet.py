@@ -23,6 +23,7 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported: threads that wait in a busy loop would disturb the other process.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from src.metrics.reconstruction import declare_torchvision_operators
-from src.models.attention import AttentionBlock
+from src.models.attention import AttentionBlock, View
 from src.models.unet import UNet3d
 from src.training.device import keep_freed_memory
 
@@ -40,7 +41,7 @@ SIZES = {
     "small": (96, (1, 2, 4), 2, (2, 4), (4, 4, 4, 16, 16)),
     "official": (256, (1, 2, 3, 4), 3, (2, 4, 8), (1, 4, 4, 32, 32)),
 }
-VIEWS = {"factorized": ("spatial", "temporal"), "joint": ("joint",)}
+VIEWS: dict[str, tuple[View, ...]] = {"factorized": ("spatial", "temporal"), "joint": ("joint",)}
 NUM_HEADS = 4
 TEXT_CHANNELS = 32
 TOLERANCE = 0.03
@@ -62,7 +63,7 @@ def ours(size: str, attention: str) -> UNet3d:
 
 
 @cache
-def peer() -> Callable[..., nn.Module]:
+def peer() -> Callable[..., Any]:
     """The other network's constructor; diffusers imports torchvision, which may need help."""
     declare_torchvision_operators()
     from diffusers import UNet3DConditionModel
