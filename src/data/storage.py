@@ -48,8 +48,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     old = path.with_name(f".{path.name}.old.part")
     if old.exists() and not path.exists():
         os.replace(old, path)
-    for leftover in path.parent.glob(f".{path.name}.*.part"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _clear(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.mkdir()
@@ -66,8 +65,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             os.fsync(handle)
             os.close(handle)
     finally:
-        for leftover in path.parent.glob(f".{path.name}.*.part"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _clear(path)
+
+
+def _clear(path: Path) -> None:
+    """Remove what was being written, or was set aside, for a folder."""
+    for leftover in path.parent.glob(f".{path.name}.*.part"):
+        with suppress(OSError):
+            remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, a file, or a link but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -99,7 +112,7 @@ def read_json(path: Path) -> Any | None:
     """Read JSON that only speeds things up: None if it isn't there or isn't JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 

@@ -1,10 +1,10 @@
 """Training state on disk: everything that a resume needs, written atomically, read without running code."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.storage import atomic_folder, load_tensors, save_tensors, write_json
+from ..data.storage import atomic_folder, load_tensors, remove, save_tensors, write_json
 from .sharding import spread_like, whole, whole_weights
 
 # Copies that somebody has put beside the states don't count.
@@ -68,16 +68,28 @@ def save(folder: Path, state: State, keep: int, keep_every: int = 0, write: bool
             "sha256": {name: _hash(part / name) for name in files},
         }
         write_json(part / "state.json", description | {"checksum": _checksum(description)})
-    for old in list_states(folder)[:-keep]:
-        if not (keep_every and int(old.name.removeprefix("step_")) % keep_every == 0):
-            shutil.rmtree(old)
+    prune(folder, state.progress["step"], keep, keep_every)
     return target
 
 
+def prune(folder: Path, step: int, keep: int, keep_every: int = 0) -> None:
+    """Removes all but the last ``keep`` states up to a step's, and those of multiples of ``keep_every``."""
+    newest = path_of(folder, step).name
+    for old in [path for path in list_states(folder) if path.name <= newest][:-keep]:
+        if not (keep_every and step_of(old) % keep_every == 0):
+            remove(old)
+
+
 def note_progress(folder: Path, state: State) -> None:
-    """Writes the progress anew into the newest state, whose tensors stay as they are."""
-    path = list_states(folder)[-1] / "state.json"
-    description = json.loads(path.read_text(encoding="utf-8")) | {"progress": state.progress}
+    """Writes the progress anew into the state of the same step, whose tensors stay as they are.
+
+    Only for a state that the caller has just saved; another one of that name stays as it is.
+    """
+    path = path_of(folder, state.progress["step"]) / "state.json"
+    description = json.loads(path.read_text(encoding="utf-8"))
+    if path.parent.is_symlink() or description["progress"]["step"] != state.progress["step"]:
+        return
+    description["progress"] = state.progress
     del description["checksum"]
     write_json(path, description | {"checksum": _checksum(description)})
 
@@ -85,6 +97,11 @@ def note_progress(folder: Path, state: State) -> None:
 def path_of(folder: Path, step: int) -> Path:
     """Where the state of a step lies, if it was saved."""
     return folder / f"step_{step:09d}"
+
+
+def step_of(path: Path) -> int:
+    """The step that a state's name tells."""
+    return int(path.name.removeprefix("step_"))
 
 
 def list_states(folder: Path) -> list[Path]:
@@ -97,7 +114,8 @@ def load_latest(folder: Path, state: State, report: Any = print) -> bool:
     """Fills ``state`` from the newest sound state; says whether there was one.
 
     A damaged state (a file missing or not matching its checksum) is reported, and removed once an earlier one
-    is found to be sound. So are the remains of one that a killed process was writing.
+    is found to be sound; one of another step than its name tells, as a copy is, is set aside then. The
+    remains of one that a killed process was writing are removed.
 
     Raises:
         ValueError: if a sound state belongs to other modules, or if none is sound.
@@ -109,7 +127,7 @@ def load_latest(folder: Path, state: State, report: Any = print) -> bool:
             os.replace(part, whole)  # set aside for one of the same step, which never came
         else:
             report(f"{part} was being written when its process ended; it is removed")
-            shutil.rmtree(part, ignore_errors=True)
+            remove(part)
     damaged: list[tuple[Path, Exception]] = []
     for path in reversed(list_states(folder)):
         try:
@@ -123,8 +141,15 @@ def load_latest(folder: Path, state: State, report: Any = print) -> bool:
                 "away to go on from an earlier one"
             ) from error
         for torn, reason in damaged:
-            report(f"state {torn} is damaged ({reason}); it is removed and {path.name} is used")
-            shutil.rmtree(torn, ignore_errors=True)
+            if isinstance(reason, MisnamedError):
+                aside = next(
+                    name for i in itertools.count(1) if not (name := torn.with_name(f"misnamed_{i}")).exists()
+                )
+                report(f"state {torn} {reason}; it is set aside as {aside.name} and {path.name} is used")
+                os.replace(torn, aside)
+            else:
+                report(f"state {torn} is damaged ({reason}); it is removed and {path.name} is used")
+                remove(torn)
         _fill_modules(state.modules, load_tensors(path / "modules.safetensors"), path)
         _fill_modules(state.averages, load_tensors(path / "averages.safetensors"), path)
         _fill_optimizers(
@@ -145,9 +170,16 @@ def load_latest(folder: Path, state: State, report: Any = print) -> bool:
     return False
 
 
+class MisnamedError(ValueError):
+    """A state is of another step than its name tells."""
+
+
 def _read_description(path: Path) -> dict[str, Any]:
     """What a state's ``state.json`` says; OSError or ValueError if any file isn't as it was written."""
-    description = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    try:
+        description = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("state.json is nested too deeply") from error
     if not isinstance(description, dict):
         raise ValueError("state.json holds no description")
     if description.pop("checksum", None) != _checksum(description):
@@ -155,6 +187,9 @@ def _read_description(path: Path) -> dict[str, Any]:
     for name in FILES:
         if _hash(path / name) != description["sha256"][name]:
             raise ValueError(f"{name} doesn't match its checksum")
+    step = description["progress"]["step"]
+    if step != step_of(path):
+        raise MisnamedError(f"holds step {step}, as a copy or a renamed one of step_{step:09d} does")
     return description
 
 

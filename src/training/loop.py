@@ -166,6 +166,10 @@ def train(
     )
     with accelerator.main_process_first():  # which removes damaged states before the others look
         resumed = checkpoint.load_latest(folder / "state", state, report=accelerator.print)
+        if resumed and accelerator.is_main_process:  # a kill may have come between a save and this
+            checkpoint.prune(
+                folder / "state", state.progress["step"], settings.keep_states, settings.keep_every
+            )
     if resume == "must" and not resumed:
         raise ValueError(f"resume=must, but {folder} holds no state to go on from; use resume=auto to begin")
     scaler = accelerator.scaler
@@ -420,7 +424,7 @@ def train(
     for module in bare.values():
         module.eval()
     stage.finish(shown, statistics())
-    if owed and look(owed) and main:  # noted so that it isn't measured twice
+    if owed and look(owed) and main and not at_the_end_already:  # noted so that it isn't measured twice
         checkpoint.note_progress(folder / "state", state)
     if settings.snapshot_every:
         snapshot()

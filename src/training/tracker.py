@@ -75,7 +75,7 @@ class Tracker:
         for line in self.path.read_text(errors="replace").splitlines():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:  # torn by a kill in the middle of the line
+            except (ValueError, RecursionError):  # torn by a kill in the middle of the line
                 continue
             if not (isinstance(row, dict) and isinstance(row.get("step"), int)):  # nothing that a run writes
                 continue

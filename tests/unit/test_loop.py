@@ -504,6 +504,25 @@ def test_only_states_by_their_name_count(tmp_path: Path) -> None:
     assert (state / "step_old").exists() and not list(state.glob(".step*"))
 
 
+def test_killed_before_old_states_were_removed_they_are_removed_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune = checkpoint.prune
+
+    def killed(folder: Path, step: int, *rest: int) -> None:
+        if step == 12:
+            raise KeyboardInterrupt
+        prune(folder, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "prune", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, clips(), save_every=4, keep_states=1)
+    monkeypatch.setattr(checkpoint, "prune", prune)
+    assert len(checkpoint.list_states(tmp_path / "state")) == 2
+    run(tmp_path, clips(), save_every=4, keep_states=1)
+    assert [path.name for path in checkpoint.list_states(tmp_path / "state")] == ["step_000000012"]
+
+
 def test_a_state_that_was_set_aside_comes_back(tmp_path: Path) -> None:
     """Killed between the two renames of a folder that replaces another, the older one is there."""
     run(tmp_path, clips(), num_steps=6)

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -180,6 +182,61 @@ def test_a_damaged_state_is_reported_and_the_one_before_it_used(damage: str, tmp
     assert "step_000000020" in told[0] and not newest.exists()
 
 
+def link_to(copy: Path, state: Path) -> None:
+    copy.symlink_to(state)
+
+
+@pytest.mark.parametrize("make", [shutil.copytree, link_to, os.replace])
+def test_a_state_of_another_step_than_its_name_tells_isnt_used(
+    make: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    for step in (3, 9):
+        checkpoint.save(tmp_path, make_state(step), keep=3)
+    old, new = (tmp_path / f"step_{step:09d}" for step in (3, 20))
+    make(new, old) if make is link_to else make(old, new)
+    told: list[str] = []
+    loaded = make_state(99)
+    assert checkpoint.load_latest(tmp_path, loaded, report=told.append)
+    assert_equal_states(loaded, make_state(9))
+    assert "step_000000020 holds step 3, as a copy" in told[0] and "set aside as misnamed_1" in told[0]
+    assert [path.name for path in checkpoint.list_states(tmp_path)][-1] == "step_000000009"
+    assert (tmp_path / "misnamed_1/state.json").exists(), "nothing is lost"
+
+
+def test_only_the_state_that_was_just_saved_gets_more_progress(tmp_path: Path) -> None:
+    """Neither a copy of a later name, nor one that has taken the place of the saved state."""
+    for step in (3, 9):
+        checkpoint.save(tmp_path, make_state(step), keep=3)
+    saved, copy = (tmp_path / f"step_{step:09d}" for step in (9, 20))
+    shutil.copytree(tmp_path / "step_000000003", copy)
+    before = (copy / "state.json").read_bytes()
+    state = make_state(9)
+    state.progress["best"] = 1.0
+    checkpoint.note_progress(tmp_path, state)
+    assert (copy / "state.json").read_bytes() == before
+    assert json.loads((saved / "state.json").read_text())["progress"]["best"] == 1.0
+    shutil.rmtree(saved)
+    os.replace(copy, saved)
+    checkpoint.note_progress(tmp_path, state)
+    assert (saved / "state.json").read_bytes() == before
+    checkpoint.save(tmp_path, make_state(12), keep=1)
+    shutil.copytree(tmp_path / "step_000000012", copy)
+    checkpoint.save(tmp_path, make_state(15), keep=1)
+    assert [path.name for path in checkpoint.list_states(tmp_path)] == ["step_000000015", copy.name]
+
+
+def test_files_and_links_where_states_should_be_do_no_harm(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "elsewhere", make_state(6), keep=1)
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/step_000000006").symlink_to(tmp_path / "elsewhere/step_000000006")
+    for name in ("step_000000009", ".step_000000003.1.part"):
+        (tmp_path / "state" / name).write_text("junk")
+    assert checkpoint.load_latest(tmp_path / "state", make_state(99), report=lambda told: None)
+    checkpoint.save(tmp_path / "state", make_state(9), keep=1)
+    assert os.listdir(tmp_path / "state") == ["step_000000009"]
+    assert (tmp_path / "elsewhere/step_000000006/state.json").exists(), "what a link leads to stays"
+
+
 def test_with_no_sound_state_a_run_doesnt_begin_anew_by_itself(tmp_path: Path) -> None:
     for step in (10, 20):
         checkpoint.save(tmp_path, make_state(step), keep=2)
@@ -206,7 +263,6 @@ def test_steps_that_a_killed_run_has_shown_arent_shown_twice(tmp_path: Path) -> 
 def test_no_damage_is_ever_loaded(tmp_path: Path) -> None:
     """Two hundred states that a disk has spoiled, somewhere: the one before is used, whatever it is."""
     import random
-    import shutil
 
     checkpoint.save(tmp_path / "sound", make_state(10), keep=3)
     checkpoint.save(tmp_path / "sound", make_state(20), keep=3)
@@ -227,7 +283,8 @@ def test_no_damage_is_ever_loaded(tmp_path: Path) -> None:
         elif damage == "empty":
             content = bytearray()
         elif damage == "json":
-            content = bytearray(draw.choice([b"[]", b"{}", b"null", b'{"sha256": 3}', b'"x"']))
+            texts = [b"[]", b"{}", b"null", b'{"sha256": 3}', b'"x"', b"[" * 100_000]
+            content = bytearray(draw.choice(texts))
         elif damage == "insert":
             content[where:where] = b" 7"
         victim.unlink()
