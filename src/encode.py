@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
 
     from .evaluate import clip_geometry
     from .model_folder import autoencoder_config, data_record
-    from .training.device import pick_device, refuse_broken_launch
+    from .training.device import pick_device
     from .training.share import Share
 
     machine: MachineSettings = typed(cfg, "machine", MachineSettings)
@@ -38,7 +38,6 @@ def main(cfg: DictConfig) -> None:
             f"model={cfg.model}, output={cfg.output}: give the folders of a trained autoencoder and of the "
             "latents, or +experiment=NAME of a diffusion model with latents=FOLDER"
         )
-    refuse_broken_launch()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = machine.tf32
     _, config = autoencoder_config(cfg.model)
     share = Share()

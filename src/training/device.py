@@ -112,15 +112,15 @@ def refuse_broken_launch() -> None:
         if os.environ.get(flag, "false").lower() in ("1", "true", "t", "yes", "y", "on"):
             raise ValueError(
                 f"accelerate's config asks for {what}; here machine=fsdp shards a model over processes, with "
-                "the same numbers and states as without. Launch without it, and add machine=fsdp"
+                "the same numbers and states as without. Launch without it, and train with machine=fsdp"
             )
     if "WORLD_SIZE" in os.environ:
         return
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks.isdigit() and int(tasks) > 1:
         raise ValueError(
-            f"srun started {tasks} tasks, which know nothing of each other and would all train the same run; "
-            "use one task a node, and in it torchrun --nproc_per_node N -m src.train … (docs/cluster.md)"
+            f"srun started {tasks} tasks, which know nothing of each other and would all do the same work; "
+            "use one task a node, and in it torchrun --nproc_per_node N -m src.VERB … (docs/cluster.md)"
         )
     try:
         command = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
@@ -130,7 +130,7 @@ def refuse_broken_launch() -> None:
     if told > 1:
         raise ValueError(
             f"accelerate launch was told {told} processes and started one, as it does on CPUs; use "
-            f"torchrun --standalone --nproc_per_node {told} -m src.train …"
+            f"torchrun --standalone --nproc_per_node {told} -m src.VERB …"
         )
 
 

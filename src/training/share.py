@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from accelerate import PartialState
 
+from .device import refuse_broken_launch
+
 _A = TypeVar("_A")
 
 
@@ -16,9 +18,13 @@ class Share:
     """This process's part of numbered work: one of `torchrun`'s processes, or all of it.
 
     Numbers are dealt out in batches, in turn. Processes that have found each other already stay together.
+
+    Raises:
+        ValueError: for a launch of several processes of which something else would become.
     """
 
     def __init__(self) -> None:
+        refuse_broken_launch()
         self._processes: PartialState | None = None
         self.rank, self.world_size = 0, 1
         if "WORLD_SIZE" in os.environ:

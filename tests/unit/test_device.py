@@ -20,6 +20,7 @@ from src.training.device import (
     refuse_broken_launch,
     told_processes,
 )
+from src.training.share import Share
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,15 +77,16 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
 @pytest.mark.parametrize("flag", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_sharded_models_are_refused(flag, monkeypatch):
     monkeypatch.setenv(flag, "true")
-    with pytest.raises(ValueError, match="machine=fsdp shards a model over processes"):
-        refuse_broken_launch()
+    for start in (refuse_broken_launch, Share):  # the latter is what sampling, evaluation and encoding share
+        with pytest.raises(ValueError, match="machine=fsdp shards a model over processes"):
+            start()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on GPUs it starts as many processes as it was told")
 def test_a_launch_that_became_one_process_is_told(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("from src.training.device import refuse_broken_launch; refuse_broken_launch()")
+    script.write_text("from src.training.share import Share; Share()")
     launcher = str(Path(sys.executable).with_name("accelerate"))
     for count in (1, 2):
         command = [launcher, "launch", "--cpu", "--num_processes", str(count), str(script)]
