@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import sys
 import types
@@ -113,16 +114,18 @@ class TrainSettings:
     num_statistics_clips: int
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "keep_states": 1, "num_held_out": 1, "num_statistics_clips": 1}
+        least = dict.fromkeys(
+            ("num_steps", "batch_size", "keep_states", "num_held_out", "num_statistics_clips"), 1
+        )
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, lowest = getattr(self, field.name), least.get(field.name, 0)
             if (
                 isinstance(value, int | float)
                 and not isinstance(value, bool)
-                and value < least.get(field.name, 0)
+                and not lowest <= value < math.inf
             ):
                 raise ConfigError(
-                    f"train.{field.name} must be at least {least.get(field.name, 0)}, got {value}"
+                    f"train.{field.name} must be a finite number of at least {lowest}, got {value}"
                 )
 
 
@@ -166,17 +169,21 @@ class EmaSettings:
     sigma_rel: list[float] | None
     snapshot_every: int
 
+    def __post_init__(self) -> None:
+        if self.snapshot_every < 0:
+            raise ConfigError(f"ema.snapshot_every must be at least 0 (never), got {self.snapshot_every}")
+
     def per_step(self, batch_size: int) -> float | None:
         """The decay of one step of so many clips.
 
         Raises:
-            ConfigError: if both are given, or the half-life isn't positive.
+            ConfigError: if several are given, or the half-life isn't positive and finite.
         """
         given = [value for value in (self.decay, self.half_life, self.sigma_rel) if value is not None]
-        if len(given) > 1 or (self.half_life is not None and self.half_life <= 0):
+        if len(given) > 1 or (self.half_life is not None and not 0 < self.half_life < math.inf):
             raise ConfigError(
                 f"ema.decay={self.decay}, ema.half_life={self.half_life}, ema.sigma_rel={self.sigma_rel}: "
-                "give one of them, and a half-life above 0"
+                "give one of them, and a finite half-life above 0"
             )
         if self.half_life is None:
             return self.decay

@@ -112,7 +112,7 @@ class FrameMasking:
 
     def __post_init__(self) -> None:
         probabilities = {"prediction": self.prediction, "interpolation": self.interpolation}
-        if min(probabilities.values()) < 0 or sum(probabilities.values()) > 1:
+        if not (min(probabilities.values()) >= 0 and sum(probabilities.values()) <= 1):
             raise ValueError(f"probabilities must be at least 0 and sum to at most 1, got {probabilities}")
         if not 0 <= self.class_dropout <= 1:
             raise ValueError(f"class_dropout is a probability, got {self.class_dropout}")

@@ -46,7 +46,7 @@ def min_snr(parameterization: Parameterization, *, gamma: float) -> Tensor:
     Raises:
         ValueError: unless gamma is positive.
     """
-    if gamma <= 0.0:
+    if not gamma > 0.0:
         raise ValueError(f"loss_weighting.gamma must be positive, got {gamma}; the paper uses 5")
     return _of_own_error(_snr(parameterization).clamp(max=gamma), parameterization)
 

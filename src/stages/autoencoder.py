@@ -1,5 +1,6 @@
 """Learning the video autoencoder: pixels, perception, an adversary (LVDM, section 3.2)."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
@@ -51,7 +52,7 @@ class AutoencoderStage:
         mean_over_processes: averages a tensor over processes.
 
     Raises:
-        ValueError: for an unknown pixel or adversarial loss.
+        ValueError: for an unknown pixel or adversarial loss, or a weight that is negative or not finite.
     """
 
     exported = "autoencoder"
@@ -80,6 +81,17 @@ class AutoencoderStage:
             raise ValueError(f"unknown pixel_loss {pixel_loss!r}; choose mse or l1")
         if adversarial_loss not in ("hinge", "vanilla"):
             raise ValueError(f"unknown adversarial_loss {adversarial_loss!r}; choose hinge or vanilla")
+        weights = {
+            "perceptual_weight": perceptual_weight,
+            "adversarial_weight": adversarial_weight,
+            "max_adaptive_weight": max_adaptive_weight,
+            "kl_weight": kl_weight,
+            "r1_weight": r1_weight,
+            "lecam_weight": lecam_weight,
+        }
+        for name, weight in weights.items():
+            if not 0.0 <= weight < math.inf:
+                raise ValueError(f"stage.{name} must be a finite number of at least 0, got {weight}")
         self.modules: dict[str, nn.Module] = {"autoencoder": autoencoder}
         self.autoencoder = autoencoder
         self.discriminator = discriminator

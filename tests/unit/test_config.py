@@ -1,5 +1,6 @@
 """The door: what is refused, and what can be built."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from omegaconf import OmegaConf
 
 from src.config import (
     ConfigError,
+    EmaSettings,
     TrainConfig,
     TrainSettings,
     _meant,
@@ -58,6 +60,27 @@ def test_what_hydra_refuses_is_explained(override: str, meant: str) -> None:
 def test_plumbing_is_typed() -> None:
     settings = typed(composed("train", "+experiment=tiny", "train.num_steps=7"), "train", TrainSettings)
     assert isinstance(settings, TrainSettings) and settings.num_steps == 7
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("train.clip_norm=nan", r"train\.clip_norm must be a finite number of at least 0, got nan"),
+        ("train.clip_norm=inf", r"train\.clip_norm must be a finite number of at least 0, got inf"),
+        ("train.save_every=-1", r"train\.save_every must be a finite number of at least 0, got -1"),
+        ("train.num_steps=0", r"train\.num_steps must be a finite number of at least 1, got 0"),
+        ("ema.snapshot_every=-3", r"ema\.snapshot_every must be at least 0 \(never\), got -3"),
+    ],
+)
+def test_numbers_that_cant_be_meant_are_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(composed("train", "+experiment=tiny", override), TrainConfig)
+
+
+def test_a_half_life_is_a_positive_number_of_clips() -> None:
+    for half_life in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ConfigError, match="a finite half-life above 0"):
+            EmaSettings(None, half_life, None, 0).per_step(8)
 
 
 def test_dots_mean_this_package() -> None:

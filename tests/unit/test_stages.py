@@ -1,5 +1,6 @@
 """Stages against what can be computed by hand, and generation against an exact denoiser."""
 
+import math
 from functools import partial
 
 import pytest
@@ -137,16 +138,26 @@ def test_cached_posteriors_and_clips_give_the_same_latents() -> None:
 
 def autoencoder_stage(**changes: float) -> AutoencoderStage:
     torch.manual_seed(0)
-    weights = {"max_adaptive_weight": 1e4, "kl_weight": 0.0, "r1_weight": 0.0, "lecam_weight": 0.0}
+    weights = {
+        "perceptual_weight": 1.0, "adversarial_weight": 0.5, "max_adaptive_weight": 1e4, "kl_weight": 0.0,
+        "r1_weight": 0.0, "lecam_weight": 0.0,
+    }  # fmt: skip
     return AutoencoderStage(
         Autoencoder3d(
             hidden_channels=8, downsample=(2, 2, 2), norm_groups=4, encoder_blocks=1, decoder_blocks=1
         ),
         discriminator=PatchDiscriminator(width=8, n_layers=1), perceptual=None, pixel_loss="mse",
-        perceptual_weight=1.0, adversarial_weight=0.5, adversarial_loss="hinge",
-        adversarial_start=2, seed=0, **(weights | changes),
+        adversarial_loss="hinge", adversarial_start=2, seed=0, **(weights | changes),
         mean_over_processes=lambda values: values,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["perceptual", "adversarial", "max_adaptive", "kl", "r1", "lecam"])
+def test_weights_that_cant_be_meant_are_refused(part: str) -> None:
+    name = f"{part}_weight"
+    for value in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"stage\.{name} must be a finite number of at least 0, got"):
+            autoencoder_stage(**{name: value})
 
 
 def big_clips() -> Batch:
