@@ -205,6 +205,9 @@ def train(
     if set(owed) <= set(state.progress.get("looked", [])):
         owed = []
     tracks = tracker(step, not owed) if main else None
+    speed = state.progress.get("speed", {})
+    if tracks is not None and owed and speed.get("step") == step:  # the rows don't tell it
+        tracks.chart(step, speed["numbers"])
     if main:
         record(step, seconds_before)
     pending = Pending(accelerator.num_processes, skips, settings.max_skipped, clips_of)
@@ -223,7 +226,9 @@ def train(
                 for name, optimizer in optimizers.items()
             }
             tracks.log(step, {"time": seconds(), **numbers, **rates})
-            tracks.chart(step, console.rates(step))
+            speed = console.rates(step)
+            tracks.chart(step, speed)
+            state.progress["speed"] = {"step": step, "numbers": speed}
             console.show(step, next(iter(numbers.values())))
 
     def look(due: list[str]) -> bool:
@@ -244,6 +249,12 @@ def train(
                 module.train()
         state.progress["looked"] = due
         return True
+
+    def note_looks() -> None:
+        """So that a later start doesn't look again after a step whose state was saved before."""
+        if tracks is not None:
+            tracks.sync()
+            checkpoint.note_progress(folder / "state", state)
 
     def measuring() -> AbstractContextManager[None]:
         # Of sharded modules no process may leave the others alone: they ask each other between batches.
@@ -405,8 +416,8 @@ def train(
             if saved:  # before the looks, which may take long
                 log()
                 save()
-            if due and look(due) and saved and main:
-                checkpoint.note_progress(folder / "state", state)
+            if due and look(due) and saved:
+                note_looks()
             if requests.agreed(accelerator, now=bool(due)):
                 if not saved:  # the numbers since the last row go into the state, so that rows don't change
                     pending.collect(mean_over_processes)
@@ -424,8 +435,8 @@ def train(
     for module in bare.values():
         module.eval()
     stage.finish(shown, statistics())
-    if owed and look(owed) and main and not at_the_end_already:  # noted so that it isn't measured twice
-        checkpoint.note_progress(folder / "state", state)
+    if owed and look(owed) and not at_the_end_already:
+        note_looks()
     if settings.snapshot_every:
         snapshot()
     write_model("model")

@@ -134,9 +134,11 @@ class Tracker:
         self._writer._get_file_writer().add_summary(Summary(value=values), step)
 
     def sync(self) -> None:
-        """Brings all rows to the disk."""
+        """Brings all rows to the disk, and hands all events to the system: a killed process loses none."""
         self._file.flush()
         os.fsync(self._file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
 
     def videos(self, step: int, videos: dict[str, Tensor]) -> None:
         """Saves videos ``b c t h w`` in [-1, 1] as animated WebP, four a row, for TensorBoard, too."""

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -466,6 +467,60 @@ def test_killed_while_measuring_at_the_end_a_run_measures_again(tmp_path: Path) 
         plain = [{key: value for key, value in row.items() if key != "time"} for row in rows(tmp_path / name)]
         told.append((scalars, plain))
     assert told[0] == told[1]
+
+
+@pytest.mark.slow
+def test_events_of_a_killed_run_are_those_of_a_straight_one(tmp_path: Path) -> None:
+    """Killed between states, before it measures, while it does, and after that; speeds count, too."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    places = ("nowhere", "updates", "finish", "evaluate", "export")
+    for place in places[1:]:
+        process = multiprocessing.get_context("spawn").Process(
+            target=run_and_die, args=(tmp_path / place, place)
+        )
+        process.start()
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL
+    told = {}
+    for place in places:
+        run_and_die(tmp_path / place, "nowhere")
+        assert exported_step(tmp_path / place) == 12
+        events = EventAccumulator(str(tmp_path / place / "tensorboard"), {"images": 0}).Reload()
+        told[place] = {
+            tag: [(e.step, 0.0 if tag.startswith("speed") else e.value) for e in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+        } | {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    assert told["nowhere"]["clip"] == [4, 8, 12] and len(told["nowhere"]["speed/clips_per_second"]) == 5
+    for place in places:
+        assert told[place] == told["nowhere"], place
+
+
+def run_and_die(folder: Path, place: str) -> None:
+    """A whole run, whose process is killed at a certain place of it."""
+
+    def die(at: str) -> None:
+        if place == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    class Dying(Measuring):
+        def updates(self, modules: Modules, batch: Batch, step: int) -> Iterator[Update]:
+            if step == 9:
+                die("updates")
+            yield from super().updates(modules, batch, step)
+
+        def take_long(self, where: str) -> None:
+            if self.step == 12:
+                die(where)
+
+    def export(name: str, weights: dict[str, Tensor], step: int) -> None:
+        die("export")
+        keep_step(folder)(name, weights, step)
+
+    run(
+        folder, clips(), stage=Dying("nowhere"), export=export, tensorboard=True, preview_every=4,
+        evaluate_every=6, save_every=4, log_every=5, held_out=lambda: itertools.islice(clips()(0), 2),
+    )  # fmt: skip
 
 
 def test_nothing_is_measured_or_kept_of_weights_that_arent_finite(tmp_path: Path) -> None:
