@@ -64,7 +64,7 @@ def run(cfg: DictConfig, requests: "StopRequests") -> None:
     import torch
 
     from .data.sampler import Batch, LatentBatch, PositionSampler, batches, held_out_batches
-    from .data.storage import held
+    from .data.storage import held, remove_leftovers
     from .model_folder import step_of
     from .training.device import compile_in_place, make_accelerator
     from .training.loop import LoopSettings, train
@@ -93,6 +93,7 @@ def run(cfg: DictConfig, requests: "StopRequests") -> None:
     if accelerator.is_main_process:
         busy = f"{folder} is being trained already; wait for that run, stop it, or choose another name=…"
         requests.until_the_end(held(folder / ".lock", busy))
+        remove_leftovers([folder, *folder.glob("previews/*")])
     with accelerator.main_process_first():
         dataset = build(cfg.dataset, split="train", seed=cfg.seed)
         held_out = build(cfg.dataset, split="test", seed=cfg.seed)

@@ -1,11 +1,13 @@
 """Files that several processes share: they appear whole or not at all, and are made once."""
 
+import glob
 import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,14 @@ def cache_home() -> Path:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a path to write to; what is there at the end gets the name ``path``, after an error it is gone.
 
-    It has the name only once it is on the disk.
+    It has the name only once it is on the disk. What killed processes had written for the same path goes,
+    after an hour: others may be writing it now, some of them on other machines.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with suppress(OSError):
+            if _is_abandoned(leftover, path.name):
+                leftover.unlink()
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
@@ -35,6 +42,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+ABANDONED_AFTER = 3600.0  # seconds
+
+
+def _is_abandoned(part: Path, name: str) -> bool:
+    """Whether nobody writes this part of a file any more, as far as can be told."""
+    writer = part.name.removeprefix(f".{name}.").removesuffix(".part")
+    if sys.platform == "win32" or not writer.isdigit():
+        return False
+    if time.time() - part.stat().st_mtime < ABANDONED_AFTER:
+        return False
+    try:
+        os.kill(int(writer), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # it is another user's
+        return False
+    return False
+
+
+def remove_leftovers(folders: Iterable[Path]) -> None:
+    """Remove what killed processes were writing into folders that are nobody else's now."""
+    for folder in folders:
+        for part in folder.glob(".*.part"):
+            if part.is_file():  # folders are cleared when they are made again
+                part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -125,7 +125,12 @@ def test_a_run_is_trained_by_one_at_a_time_and_told_of_changed_data(home: Path, 
     record = json.loads((tmp_path / "runs/tiny/run.json").read_text())
     record["starts"][-1]["data_fingerprint"] = "0" * 64
     (tmp_path / "runs/tiny/run.json").write_text(json.dumps(record))
+    leftovers = [tmp_path / "runs/tiny/.run.json.1.part", tmp_path / "runs/tiny/previews/x/.a.webp.1.part"]
+    for path in leftovers:  # of processes that were killed
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
     told = verb(tmp_path, "train", *command).stderr
+    assert not any(path.exists() for path in leftovers)
     assert "have changed since it was last trained (fingerprint 000000000000 ->" in told
 
 

@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all, and others may read them."""
 
+import os
 import subprocess
 import sys
 import time
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.data.storage import atomic_folder, held, load_tensors, save_tensors
+from src.data.storage import atomic_folder, atomic_path, held, load_tensors, remove_leftovers, save_tensors
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,6 +45,30 @@ def test_what_a_killed_writer_had_set_aside_comes_back(tmp_path: Path) -> None:
         (part / "file").write_text("half")
         raise OSError("the disk is full")
     assert (target / "file").read_text() == "old"
+
+
+def test_what_killed_writers_of_a_file_have_left_goes_but_not_what_others_write(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, alive = ended.pid, os.getppid()
+    long_ago = time.time() - 2 * 3600
+    for name, when in (
+        (f".run.json.{dead}.part", long_ago),
+        (f".run.json.{alive}.part", long_ago),
+        (f".run.json.{dead + 1}.part", time.time()),  # perhaps alive on another machine
+        (f".run.json.old.{dead}.part", long_ago),  # of another file
+    ):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (when, when))
+    with atomic_path(tmp_path / "run.json") as part:
+        part.write_text("whole")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {
+        "run.json", f".run.json.{alive}.part", f".run.json.{dead + 1}.part", f".run.json.old.{dead}.part"
+    }  # fmt: skip
+    (tmp_path / ".model.old.part").mkdir()
+    remove_leftovers([tmp_path])
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", ".model.old.part"}
 
 
 def test_a_folder_is_held_until_its_process_ends_however_it_ends(tmp_path: Path) -> None:
