@@ -1,5 +1,6 @@
 """Files that several processes share: they appear whole or not at all, and are made once."""
 
+import errno
 import glob
 import json
 import os
@@ -23,6 +24,19 @@ def cache_home() -> Path:
 
 
 @contextmanager
+def named_if_full(path: Path) -> Iterator[None]:
+    """Let an error of a full or read-only disk name what was being written, which the system doesn't tell."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) or error.filename is not None:
+            raise
+        raise OSError(
+            error.errno, f"{error.strerror}: can't write {path}; make room there, or choose another folder"
+        ) from error
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a path to write to; what is there at the end gets the name ``path``, after an error it is gone.
 
@@ -36,10 +50,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 leftover.unlink()
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield part
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(part, path)
+        with named_if_full(path):
+            yield part
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import Summary, hparams
 
-from ..data.storage import atomic_path
+from ..data.storage import atomic_path, named_if_full
 from ..data.transforms import to_frames
 from ..data.video import encode_preview
 
@@ -113,8 +113,9 @@ class Tracker:
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         """Adds one row."""
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
-        self._file.flush()
+        with named_if_full(self.path):
+            self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+            self._file.flush()
         self._note({"step": step, **numbers})
         self.chart(step, numbers)
 
@@ -131,14 +132,21 @@ class Tracker:
         # time itself.
         shown = {name: value for name, value in numbers.items() if name not in ("time", "step")}
         values = [Summary.Value(tag=name, simple_value=value) for name, value in shown.items()]
-        self._writer._get_file_writer().add_summary(Summary(value=values), step)
+        self._add_summary(Summary(value=values), step)
+
+    def _add_summary(self, summary: Summary, step: int | None = None) -> None:
+        if self._writer is not None:
+            with named_if_full(self.folder / "tensorboard"):
+                self._writer._get_file_writer().add_summary(summary, step)
 
     def sync(self) -> None:
         """Brings all rows to the disk, and hands all events to the system: a killed process loses none."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with named_if_full(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         if self._writer is not None:
-            self._writer.flush()
+            with named_if_full(self.folder / "tensorboard"):
+                self._writer.flush()
 
     def videos(self, step: int, videos: dict[str, Tensor]) -> None:
         """Saves videos ``b c t h w`` in [-1, 1] as animated WebP, four a row, for TensorBoard, too."""
@@ -162,7 +170,7 @@ class Tracker:
                     encoded_image_string=encoded,
                 )
                 value = Summary.Value(tag=title, image=image)
-                self._writer._get_file_writer().add_summary(Summary(value=[value]), step)
+                self._add_summary(Summary(value=[value]), step)
 
     def finish(self) -> None:
         """Puts the run's settings and last numbers where TensorBoard compares runs, and closes."""
@@ -175,14 +183,16 @@ class Tracker:
             shown = {name: value for name, value in self._last.items() if name.startswith("held_out/")}
             finite = {name: value for name, value in shown.items() if math.isfinite(value)}
             for summary in hparams(plain, finite):
-                self._writer._get_file_writer().add_summary(summary)
+                self._add_summary(summary)
         self.close()
 
     def close(self) -> None:
         """Flushes everything to the disk."""
-        self._file.close()
+        with named_if_full(self.path):
+            self._file.close()
         if self._writer is not None:
-            self._writer.close()
+            with named_if_full(self.folder / "tensorboard"):
+                self._writer.close()
         if self._wandb is not None:
             self._guarded(lambda: self._wandb.finish())
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 
 from src.average import snapshots_of
 from src.config import ConfigError
+from src.data.storage import atomic_path
 from src.models.layers import FrameConv3d
 from src.training import checkpoint
 from src.training.ema import Ema, PostHocEma, PowerEma, exponent_of, reconstruction_weights
@@ -319,6 +321,27 @@ def test_nothing_there_is_not_an_error_but_another_model_is(tmp_path: Path) -> N
     other.modules = {"net": nn.Linear(3, 4)}
     with pytest.raises(ValueError, match="belongs to another model"):
         checkpoint.load_latest(tmp_path, other)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_what_a_full_disk_refused_is_named(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, 0, 8.0, tensorboard=True)
+    tracker._file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(OSError, match=r"No space left on device: can't write .*metrics.jsonl; make room"):
+        tracker.log(1, {"loss": 1.0})
+    with suppress(OSError):  # it still holds the row
+        tracker._file.close()
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    tracker._file = tracker.path.open("a")
+    tracker._writer.flush = full
+    with pytest.raises(OSError, match=r"No space left on device: can't write .*tensorboard; make room"):
+        tracker.sync()
+    wanted = r"can't write .*run.json; make room"
+    with pytest.raises(OSError, match=wanted), atomic_path(tmp_path / "run.json"):
+        full()
 
 
 def test_rows_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
