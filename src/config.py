@@ -731,12 +731,16 @@ def claim_run_folder(cfg: DictConfig, folder: Path) -> None:
     """
     path = folder / "config.yaml"
     if path.exists() and ((folder / "state").exists() or (folder / "model").exists()):
-        old = read_yaml(path)
+        remedy = (
+            "bring it back from a copy, or remove it: the folder's states then go on with the config as it "
+            "is given now"
+        )
+        try:
+            old = read_yaml(path)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; {remedy}") from error
         if not isinstance(old, dict) or not old:
-            raise ConfigError(
-                f"{path} holds no config; bring it back from a copy, or remove it: the folder's states then "
-                "go on with the config as it is given now"
-            )
+            raise ConfigError(f"{path} holds no config; {remedy}")
         lines = difference(old, OmegaConf.to_container(cfg, resolve=True))
         if lines:
             changes = "\n".join(lines)
