@@ -75,7 +75,7 @@ def index_rows(whole: "ClipDataset", splits: "dict[str, ClipDataset]") -> Iterat
     """A row for each video, readable or not: what it is and which splits it is in."""
     members = {name: {entry.path for entry in split.entries} for name, split in splits.items()}
     usable = {entry.path for entry in whole.entries}
-    paths = [*(entry.path for entry in whole.readable), *whole.broken]
+    paths = [*(entry.path for entry in whole.readable), *whole.broken, *whole.left_out]
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     rows: dict[str, dict[str, object]] = {}
     for entry in whole.readable:
@@ -98,6 +98,8 @@ def index_rows(whole: "ClipDataset", splits: "dict[str, ClipDataset]") -> Iterat
         }
     for path, reason in whole.broken.items():
         rows[path] = {"status": f"broken: {reason}"}
+    for path, reason in whole.left_out.items():
+        rows[path] = {"status": f"left out: {reason}"}
     for path, row in sorted(rows.items()):
         yield {"video": os.path.relpath(path, root)} | row
 

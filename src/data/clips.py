@@ -6,11 +6,11 @@ import os
 import shutil
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, groupby
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Self, TypedDict, TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .choice import ClipPlace, start_of
-from .counts import Count, named
+from .counts import Count, named, refuse_left_out
 from .sampler import EndlessOrder, clip_generator
 from .storage import cache_home, exclusive, read_json, write_json
 from .transforms import Frames, Resize
@@ -200,29 +200,65 @@ def in_parallel(function: Callable[[_A], _B], arguments: Sequence[_A], descripti
         )
 
 
-def list_videos(root: str | os.PathLike[str]) -> list[str]:
+def walk(
+    root: str | os.PathLike[str], left_out: dict[str, str] | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Each folder under a root (which is the first), the sub-folders and the files in it, as ``os.walk``.
+
+    Hidden names are passed over. Links are followed, but each folder comes once, and by its own name where it
+    has one under the root; ``left_out`` is told of the links that lead to it as well.
+    """
+    seen: dict[str, str] = {}
+    tops = [os.fspath(root)]
+    while tops:
+        links = []
+        for top in tops:
+            for folder, subfolders, names in os.walk(top):
+                real = os.path.realpath(folder)
+                if real in seen:
+                    subfolders.clear()
+                    is_loop = os.path.realpath(os.path.dirname(folder)).startswith(os.path.join(real, ""))
+                    if folder == top and not is_loop and left_out is not None:
+                        name = os.path.relpath(seen[real], root)
+                        left_out[folder] = f"it links to {name}, which is read by that name"
+                    continue
+                seen[real] = folder
+                subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+                yield folder, subfolders, [name for name in names if not name.startswith(".")]
+                paths = [os.path.join(folder, name) for name in subfolders]
+                links += [path for path in paths if os.path.islink(path)]
+        tops = sorted(links)
+
+
+def list_videos(root: str | os.PathLike[str], left_out: dict[str, str] | None = None) -> list[str]:
     """List the videos under a folder, by their paths relative to it, in natural order.
 
-    A video is a file with a video's extension, or a folder that holds images and no such file. Hidden names
-    are passed over, links followed (once).
+    A video is a file with a video's extension, or a folder that holds images and no video, nor one in its
+    sub-folders. Hidden names are passed over, links followed (once). ``left_out`` is told, path by path, what
+    else isn't read and why: images beside videos, second names of a folder.
     """
     found = []
-    seen = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        visible = [name for name in names if not name.startswith(".")]
-        relative = os.path.relpath(folder, root)
-        videos = [name for name in visible if Path(name).suffix.lower() in VIDEO_EXTENSIONS]
+    images: dict[str, list[str]] = {}
+    # Folders that hold videos, in whatever depth.
+    holders: set[PurePath] = set()
+    for folder, _, names in walk(root, left_out):
+        relative = PurePath(os.path.relpath(folder, root))
+        videos = [name for name in names if Path(name).suffix.lower() in VIDEO_EXTENSIONS]
+        found += [relative / name for name in videos]
         if videos:
-            found += [os.path.normpath(os.path.join(relative, name)) for name in videos]
-        elif any(Path(name).suffix.lower() in IMAGE_EXTENSIONS for name in visible):
-            found.append(relative)
-    return sorted((Path(path).as_posix() for path in found), key=natural_key)
+            holders.update((relative, *relative.parents))
+        pictures = [name for name in names if Path(name).suffix.lower() in IMAGE_EXTENSIONS]
+        if pictures:
+            images[os.fspath(relative)] = sorted(pictures, key=natural_key)
+    for name in sorted(images, key=lambda name: -len(PurePath(name).parts)):
+        folder_of_images = PurePath(name)
+        if folder_of_images not in holders:
+            found.append(folder_of_images)
+            holders.update(folder_of_images.parents)
+        elif left_out is not None:
+            more = f", as are {len(images[name]) - 1:,} more there" if len(images[name]) > 1 else ""
+            left_out[str(Path(root, name, images[name][0]))] = f"an image beside videos{more}"
+    return sorted((path.as_posix() for path in found), key=natural_key)
 
 
 def _stamp(path: Path) -> list[int]:
@@ -283,6 +319,7 @@ def find_videos(
     strict: bool,
     names: Sequence[str] | None = None,
     class_of: Callable[[str], str] | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> FoundVideos:
     """Find, probe and class the videos under a folder.
 
@@ -291,9 +328,12 @@ def find_videos(
     in parallel; what it tells is kept in ``$LATENT_VIDEO_CACHE/index``, so that the next start is quick and
     only changed files are probed again.
 
-    With ``strict``, the first broken video is raised as VideoError.
+    With ``strict``, the first broken video is raised as VideoError, and before that a ValueError if there are
+    paths that were ``left_out`` of the names.
     """
     root = Path(root)
+    if strict:
+        refuse_left_out(left_out or {})
     names = list_videos(root) if names is None else names
     class_of = class_of or (lambda name: "" if "/" not in name else name.rpartition("/")[0])
     probed = _probe_all(root, names)
@@ -358,7 +398,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
 
     Videos too short for a clip are skipped (or padded, or looped, see ``Sampling``) and told by
     ``summary()``; one that breaks while being read is warned of once and replaced by another, drawn from
-    (seed, position, attempt). With ``strict`` each raises instead.
+    (seed, position, attempt). With ``strict`` each raises instead. ``left_out`` are paths that weren't taken
+    for videos of the set, and why, for the summary.
 
     Raises ValueError if no video is long enough.
     """
@@ -382,6 +423,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         strict: bool = False,
         name: str = "videos",
         broken: Sequence[VideoError] = (),
+        left_out: Mapping[str, str] | None = None,
         counts: Sequence[Count] = (),
     ) -> None:
         if clips_per_opening < 1:
@@ -404,6 +446,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self.seed = seed
         self.strict = strict
         self.broken: dict[str, str] = {error.path: error.reason for error in broken}
+        self.left_out = dict(left_out or {})
         self.too_short = [entry for entry in entries if self.sampling.is_short(entry)]
         usable = [entry for entry in entries if not self.sampling.skips(entry)]
         self._check_length(usable)
@@ -556,6 +599,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
             parts.append(f"{slower:,} slower than dataset.fps, whose frames are repeated")
         if self.broken:
             parts.append(f"{len(self.broken):,} skipped as broken ({self._broken_names()})")
+        if self.left_out:
+            names = named(f"{Path(path).name}: {reason}" for path, reason in self.left_out.items())
+            parts.append(f"{len(self.left_out):,} left out ({names})")
         return f"{self.name}: " + ", ".join(parts)
 
     def _pace(self) -> str:

@@ -1,6 +1,6 @@
 """How much of a published data set is there, beside what its authors say."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -41,6 +41,13 @@ def named(names: Iterable[str]) -> str:
     listed = list(names)
     more = f", and {len(listed) - NUM_NAMED:,} more" if len(listed) > NUM_NAMED else ""
     return ", ".join(listed[:NUM_NAMED]) + more
+
+
+def refuse_left_out(left_out: Mapping[str, str]) -> None:
+    """Refuses paths that weren't taken for videos of the set; ValueError, which names them and why."""
+    if left_out:
+        names = named(f"{path}: {reason}" for path, reason in left_out.items())
+        raise ValueError(f"{len(left_out):,} left out ({names}). Move them away, or use dataset.strict=false")
 
 
 def refuse_twice(names: Sequence[str], root: str) -> None:

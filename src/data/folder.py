@@ -1,6 +1,7 @@
 """Any folder of videos: nested folders are classes, a folder of frame images is a video."""
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Unpack
 
@@ -20,8 +21,12 @@ def check_split(split: str) -> None:
         raise ValueError(f"unknown split {split!r}; choose one of: {', '.join(SPLITS)}")
 
 
-def require_videos(root: str | None, title: str, hint: str) -> list[str]:
+def require_videos(
+    root: str | None, title: str, hint: str, left_out: dict[str, str] | None = None
+) -> list[str]:
     """List the videos under a data set's root by their relative paths; the hint says how to get some.
+
+    ``left_out`` is told of what isn't read, see `list_videos`.
 
     Raises FileNotFoundError if there are none.
     """
@@ -32,7 +37,7 @@ def require_videos(root: str | None, title: str, hint: str) -> list[str]:
     elif not Path(root).is_dir():
         reason = f"{root} is not a folder"
     else:
-        names = list_videos(root)
+        names = list_videos(root, left_out)
         if names:
             return names
         reason = f"the folder {root} holds no videos"
@@ -65,23 +70,38 @@ def folder(
 ) -> ClipDataset:
     """Clips of all videos under ``root``; the folder that a video lies in is its class.
 
-    If all of ``root`` lies in the folders ``train`` and ``test``, these are the splits; else
-    ``test_fraction`` of the usable videos, chosen by a hash of their names, is kept for testing.
+    If there are videos in its folders ``train`` and in ``test`` (in small letters or capitals), these are the
+    splits, and what else ``root`` holds is left out; if not, ``test_fraction`` of the usable videos, chosen
+    by a hash of their names, is kept for testing.
 
     Raises FileNotFoundError if there are no videos, ValueError if none is long enough.
     """
     check_split(split)
-    names = require_videos(root, "videos", HINT)
-    has_splits = {name.split("/", 1)[0] for name in names} == {"train", "test"}
+    left_out: dict[str, str] = {}
+    names = require_videos(root, "videos", HINT, left_out)
+
+    def split_of(name: str) -> str:
+        return name.split("/", 1)[0].casefold()
+
+    has_splits = {"train", "test"} <= {split_of(name) for name in names}
+    if has_splits:
+        outside = Counter(name.split("/", 1)[0] for name in names if split_of(name) not in ("train", "test"))
+        for name, count in outside.items():
+            held = (
+                f" with {count:,} video{'s' if count > 1 else ''}" if Path(str(root), name).is_dir() else ""
+            )
+            left_out[str(Path(str(root), name))] = f"outside of the folders train and test{held}"
+        names = [name for name in names if split_of(name) in ("train", "test")]
     # The classes are those of the whole folder, so that a label means the same in every split.
     found = find_videos(
         str(root),
         names=names,
         class_of=lambda name: "/".join(name.split("/")[1 if has_splits else 0 : -1]),
         strict=clips["strict"],
+        left_out=left_out,
     )
     if has_splits:
-        chosen = [name for name in names if split in ("all", name.split("/", 1)[0])]
+        chosen = [name for name in names if split in ("all", split_of(name))]
     else:
         # Only videos that can be used are divided: a broken one must not be all that a split gets.
         sampling = Sampling.of(clips)
@@ -102,5 +122,6 @@ def folder(
         found.classes,
         name=f"{root}, {split}",
         broken=found.broken,
+        left_out=left_out,
         **clips,
     )

@@ -47,9 +47,10 @@ def given_videos(
         return ArrayVideos(
             rows, num_frames=num_frames, frame_stride=frame_stride, resolution=resolution, crop=crop
         )
+    left_out: dict[str, str] = {}
     if len(paths) == 1 and paths[0].is_dir():
         root = str(paths[0])
-        names = require_videos(root, "videos", hint)
+        names = require_videos(root, "videos", hint, left_out)
     else:
         unknown = [p for p in paths if not p.is_dir() and p.suffix.lower() not in VIDEO_EXTENSIONS]
         if unknown:
@@ -66,6 +67,7 @@ def given_videos(
         crop=crop,
         name=", ".join(sources),
         broken=found.broken,
+        left_out=left_out,
     )
 
 

@@ -36,19 +36,23 @@ def sky(
     check_split(split)
     if subset not in SUBSETS:
         raise ValueError(f"unknown subset {subset!r} of Sky Time-lapse; choose one of: {', '.join(SUBSETS)}")
-    names = require_videos(root, "Sky Time-lapse", HINT)
+    left_out: dict[str, str] = {}
+    names = require_videos(root, "Sky Time-lapse", HINT, left_out)
     parts = ("sky_train", "sky_test") if "all" in (subset, split) else (f"sky_{split}",)
     chosen = [name for name in names if set(parts) & set(name.split("/")[:-1])]
     if not chosen:
         raise FileNotFoundError(
             f"no Sky Time-lapse: {root} holds {len(names)} videos, but none in {' or '.join(parts)}.\n{HINT}"
         )
-    found = find_videos(str(root), names=chosen, class_of=lambda name: "", strict=clips["strict"])
+    found = find_videos(
+        str(root), names=chosen, class_of=lambda name: "", strict=clips["strict"], left_out=left_out
+    )
     return ClipDataset(
         found.entries,
         found.classes,
         name=f"Sky Time-lapse, {subset}, {split}",
         broken=found.broken,
+        left_out=left_out,
         counts=_counts(found, parts),
         **clips,
     )

@@ -36,19 +36,23 @@ def taichi(
     check_split(split)
     if subset not in SUBSETS:
         raise ValueError(f"unknown subset {subset!r} of Taichi-HD; choose one of: {', '.join(SUBSETS)}")
-    names = require_videos(root, "Taichi-HD", HINT)
+    left_out: dict[str, str] = {}
+    names = require_videos(root, "Taichi-HD", HINT, left_out)
     parts = ("train", "test") if "all" in (subset, split) else (split,)
     chosen = [name for name in names if set(parts) & set(name.split("/")[:-1])]
     if not chosen:
         raise FileNotFoundError(
             f"no Taichi-HD: {root} holds {len(names)} videos, but none in {' or '.join(parts)}.\n{HINT}"
         )
-    found = find_videos(str(root), names=chosen, class_of=lambda name: "", strict=clips["strict"])
+    found = find_videos(
+        str(root), names=chosen, class_of=lambda name: "", strict=clips["strict"], left_out=left_out
+    )
     return ClipDataset(
         found.entries,
         found.classes,
         name=f"Taichi-HD, {subset}, {split}",
         broken=found.broken,
+        left_out=left_out,
         counts=_counts(chosen, parts),
         **clips,
     )

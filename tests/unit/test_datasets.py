@@ -12,6 +12,7 @@ from src.data.sky import sky
 from src.data.taichi import taichi
 from src.data.ucf101 import class_of, ucf101
 from src.data.video import VideoError, write_video
+from src.prepare import index_rows
 
 Shared = Callable[[str], Path]
 
@@ -123,6 +124,61 @@ def test_a_folder_with_train_and_test_is_taken_so(tmp_path: Path) -> None:
     assert names(test, tmp_path) == ["test/y/3.mp4"]
     assert train.classes == test.classes == ("x", "y") and test.entries[0].label == 1
     assert len(make(folder, tmp_path, "all")) == 3
+
+
+@pytest.mark.parametrize("capitals", [False, True])
+def test_what_lies_beside_train_and_test_is_left_out_and_told(tmp_path: Path, capitals: bool) -> None:
+    train_name, test_name = ("Train", "TEST") if capitals else ("train", "test")
+    for name in (f"{train_name}/x/1.mp4", f"{train_name}/y/2.mp4", f"{test_name}/y/3.mp4"):
+        add_video(tmp_path / name)
+    for name in ("val/x/4.mp4", "val/x/5.mp4", "6.mp4"):
+        add_video(tmp_path / name)
+    Image.new("RGB", (8, 8)).save(tmp_path / "cover.jpg")
+    train, test, whole = (make(folder, tmp_path, split) for split in ("train", "test", "all"))
+    assert names(train, tmp_path) == [f"{train_name}/x/1.mp4", f"{train_name}/y/2.mp4"]
+    assert names(test, tmp_path) == [f"{test_name}/y/3.mp4"]
+    assert train.classes == test.classes == ("x", "y") and len(whole) == 3
+    for data in (train, test, whole):
+        assert data.left_out == {
+            str(tmp_path / "cover.jpg"): "an image beside videos",
+            str(tmp_path / "6.mp4"): "outside of the folders train and test",
+            str(tmp_path / "val"): "outside of the folders train and test with 2 videos",
+        }
+        assert "3 left out (cover.jpg: an image beside videos, " in data.summary()
+    rows = {str(row["video"]): row["status"] for row in index_rows(whole, {"train": train, "test": test})}
+    assert rows["val"] == "left out: outside of the folders train and test with 2 videos"
+    assert len(rows) == 6
+    with pytest.raises(ValueError, match=r"3 left out \(.*cover\.jpg: an image beside videos.*strict=false"):
+        make(folder, tmp_path, "train", strict=True)
+
+
+def test_images_beside_videos_are_no_video_and_told(tmp_path: Path) -> None:
+    """Neither in the root, nor in a folder of frames with a preview, whose frames the preview stands for."""
+    add_video(tmp_path / "a/1.mp4")
+    add_images(tmp_path / "walk")
+    add_video(tmp_path / "walk/preview.mp4")
+    add_images(tmp_path / "run/one")
+    Image.new("RGB", (8, 8)).save(tmp_path / "cover.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "run/thumb.png")
+    data = make(folder, tmp_path, "all")
+    assert names(data, tmp_path) == ["a/1.mp4", "run/one", "walk/preview.mp4"]
+    assert data.left_out == {
+        str(tmp_path / "cover.png"): "an image beside videos",
+        str(tmp_path / "run/thumb.png"): "an image beside videos",
+        str(tmp_path / "walk/00000.jpg"): "an image beside videos, as are 9 more there",
+    }
+
+
+@pytest.mark.parametrize("link", ["test", "zest"])
+def test_a_link_to_a_folder_beside_it_doesnt_take_its_name(tmp_path: Path, link: str) -> None:
+    add_video(tmp_path / "root/train/a/1.mp4")
+    add_video(tmp_path / "elsewhere/2.mp4")
+    (tmp_path / "root" / link).symlink_to("train", target_is_directory=True)
+    (tmp_path / "root/apart").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "root/train/loop").symlink_to("..", target_is_directory=True)
+    data = make(folder, tmp_path / "root", "all")
+    assert names(data, tmp_path / "root") == ["apart/2.mp4", "train/a/1.mp4"]
+    assert data.left_out == {str(tmp_path / "root" / link): "it links to train, which is read by that name"}
 
 
 def test_splits_hardly_move_with_new_files() -> None:
