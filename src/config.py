@@ -7,6 +7,7 @@ Values live in ``conf/``; this module holds the types of what never swaps (the p
 import contextlib
 import difflib
 import functools
+import io
 import importlib
 import importlib.util
 import inspect
@@ -371,6 +372,8 @@ def verb(config_name: str, schema: type) -> Callable[[Callable[[DictConfig], Non
         def main() -> None:
             if _ExperimentsOnSearchPath not in Plugins.instance().discover(SearchPathPlugin):
                 Plugins.instance().register(_ExperimentsOnSearchPath)
+            if isinstance(sys.stdout, io.TextIOWrapper):  # names of files needn't be text
+                sys.stdout.reconfigure(errors="backslashreplace")
             # Launchers may run the cells in other processes, which inherit the environment but no arguments.
             os.environ[_SWEPT] = " ".join(_swept_keys(sys.argv[1:]))
             try:

@@ -276,9 +276,8 @@ def _stamp(path: Path) -> list[int]:
 
 def _probe_all(root: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Probe videos, but those known from an earlier time and unchanged only once."""
-    index_file = (
-        cache_home() / "index" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:32]}.json"
-    )
+    key = hashlib.sha256(str(root.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
+    index_file = cache_home() / "index" / f"{key}.json"
     known = read_json(index_file)
     index: dict[str, dict[str, Any]] = {}
     if known and known.get("format") == INDEX_FORMAT:

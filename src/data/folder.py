@@ -87,10 +87,9 @@ def folder(
     if has_splits:
         outside = Counter(name.split("/", 1)[0] for name in names if split_of(name) not in ("train", "test"))
         for name, count in outside.items():
-            held = (
-                f" with {count:,} video{'s' if count > 1 else ''}" if Path(str(root), name).is_dir() else ""
-            )
-            left_out[str(Path(str(root), name))] = f"outside of the folders train and test{held}"
+            path = Path(str(root), name)
+            held = f" with {count:,} video{'s' if count > 1 else ''}" if path.is_dir() else ""
+            left_out[str(path)] = f"outside of the folders train and test{held}"
         names = [name for name in names if split_of(name) in ("train", "test")]
     # The classes are those of the whole folder, so that a label means the same in every split.
     found = find_videos(

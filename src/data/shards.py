@@ -274,7 +274,7 @@ def read_index(root: str) -> tuple[dict[str, Any], Callable[[str], str] | None]:
 
 
 def _key(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]
 
 
 def _index_of_others(root: Path) -> dict[str, Any]:

@@ -133,9 +133,10 @@ def remove(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one piece."""
+    """Write JSON in one piece; names of files that aren't UTF-8 are escaped, and read as they were."""
+    text = json.dumps(content, ensure_ascii=False, indent=1)
     with atomic_path(path) as part:
-        part.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+        part.write_bytes(text.encode(errors="backslashreplace"))
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

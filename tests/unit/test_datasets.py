@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from PIL import Image
 
 from src.data.clips import ClipDataset
 from src.data.folder import folder, split_by_name
+from src.data.shards import shards, write_shards
 from src.data.sky import sky
 from src.data.taichi import taichi
 from src.data.ucf101 import class_of, ucf101
@@ -215,6 +217,22 @@ def test_folders_of_frames_are_videos(tmp_path: Path) -> None:
     data = make(folder, tmp_path, "all")
     assert names(data, tmp_path) == ["walk/one", "walk/two"]
     assert data.classes == ("walk",) and [entry.num_frames for entry in data.entries] == [10, 12]
+
+
+def test_names_that_are_not_utf8_are_just_names(tmp_path: Path) -> None:
+    """They come back from the index and from shards as they were."""
+    root = tmp_path / os.fsdecode(b"d\xe9j\xe0")
+    names_here = [os.fsdecode(b"caf\xe9.mp4"), "plain.mp4"]
+    for name in names_here:
+        add_video(root / "a" / name)
+    add_images(root / "a" / os.fsdecode(b"frames\xe9"))
+    for _ in range(2):  # probed, and from the index
+        data = make(folder, root, "all")
+        assert {Path(entry.path).name for entry in data.entries} == {*names_here, os.fsdecode(b"frames\xe9")}
+    assert write_shards(data, {"train": data}, tmp_path / "packed", videos_per_shard=2) == 2
+    packed = shards(str(tmp_path / "packed"), split="all", test_fraction=0.0, **COMMON)
+    assert [entry.path for entry in packed.entries] == [Path(name).name for name in names(data, root)]
+    assert packed.fingerprint == data.fingerprint and len(packed[0]["frames"]) == 8
 
 
 # UCF-101.
