@@ -500,6 +500,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         try:
             clips = self._read(entry, places)
         except VideoError as error:
+            if len(positions) > 1:  # what becomes of a clip doesn't depend on those loaded beside it
+                return [clip for position in positions for clip in self._visit(visit, [position])]
             self._note_broken(error)
             return [self._replaced(position) for position in positions]
         labelled = zip(clips, positions, strict=True)

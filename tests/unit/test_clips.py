@@ -332,6 +332,20 @@ def test_a_file_that_breaks_is_replaced_and_told_once(root: Path) -> None:
         assert index_of(data.held_out(0)["frames"][0]) == 12
 
 
+def test_a_clip_that_breaks_leaves_those_of_the_same_visit(root: Path) -> None:
+    """A file that has become shorter: clips from its rest are the same, loaded alone or together."""
+    data = dataset(root, clips_per_opening=4)
+    for number in (1, 2, 10):
+        write_video(root / f"a/{number}.mp4", ramp(26), 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        together = [item for visit in range(12) for item in data.__getitems__(range(4 * visit, 4 * visit + 4))]
+        alone = [data[position] for position in range(48)]
+    assert len(data.broken) == 4
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one["frames"], other["frames"]) and one["label"] == other["label"]
+
+
 def test_strict_raises_instead(root: Path) -> None:
     found = find_videos(root, strict=False)
     good = [entry for entry in found.entries if entry.num_frames == 40]
