@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tarfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
@@ -21,12 +22,14 @@ from urllib.parse import urlparse
 
 from tqdm import tqdm
 
-from .clips import ClipDataset, ClipOptions, Sampling, VideoEntry
+from .clips import INDEX_FORMAT, ClipDataset, ClipOptions, Sampling, VideoEntry, stamp_of
+from .counts import refuse_left_out
 from .folder import check_split, split_by_name
 from .sampler import epoch_order
 from .storage import atomic_path, cache_home, exclusive, read_json, write_json
 from .video import (
     IMAGE_EXTENSIONS,
+    NOT_REGULAR,
     VIDEO_EXTENSIONS,
     Packed,
     VideoError,
@@ -43,6 +46,9 @@ HINT = """\
 Pack a data set into shards, then train on them, from a folder or from where they were copied to:
     python -m src.prepare dataset=ucf101 dataset.root=PATH shards=FOLDER
     python -m src.train +experiment=ucf101 dataset=shards dataset.root=FOLDER"""
+
+# From one saving of a long indexing to the next, at least; more where saving takes long.
+SECONDS_BETWEEN_SAVES = 30
 
 # Shards of a remote data set that are kept at a time, at least as many as the data order mixes.
 SHARDS_KEPT = 64
@@ -89,6 +95,7 @@ def write_shards(
     }
     found = read_json(folder / INDEX)
     if found is not None:
+        _check_index(found, str(folder))
         lines = [f"    {k}: {found.get(k)} -> {value}" for k, value in what.items() if found.get(k) != value]
         if lines:
             raise ValueError(
@@ -252,6 +259,7 @@ def read_index(root: str) -> tuple[dict[str, Any], Callable[[str], str] | None]:
         index = read_json(folder / INDEX)
         if index is None:
             raise FileNotFoundError(f"no shards: {root}/{INDEX} isn't an index of shards.\n{HINT}")
+        _check_index(index, root)
         sizes = {shard["url"]: shard["num_bytes"] for shard in index["shards"]}
         for name in sizes:
             if not re.fullmatch(r"\w[\w.-]*\.tar", name):
@@ -263,7 +271,8 @@ def read_index(root: str) -> tuple[dict[str, Any], Callable[[str], str] | None]:
         index, fetch = read_json(Path(root) / INDEX), None
         if index is None:
             index = _index_of_others(Path(root))
-    if index.get("format") != FORMAT:
+        _check_index(index, root)
+    if index["format"] != FORMAT:
         raise ValueError(f"{root}/{INDEX} is of format {index.get('format')}, expected {FORMAT}; pack anew")
     if not index["complete"]:
         raise ValueError(
@@ -273,64 +282,105 @@ def read_index(root: str) -> tuple[dict[str, Any], Callable[[str], str] | None]:
     return index, fetch
 
 
+def _check_index(index: Any, root: str) -> None:
+    """Refuses what isn't an index of shards; ValueError."""
+    whole = {"format", "title", "classes", "complete", "shards"}
+    if not isinstance(index, dict) or not whole <= index.keys() or not isinstance(index["shards"], list):
+        raise ValueError(
+            f"{root}/{INDEX} isn't an index of shards: expected {', '.join(sorted(whole))}; copy it again, "
+            "or delete it and pack anew"
+        )
+
+
 def _key(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:24]
 
 
 def _index_of_others(root: Path) -> dict[str, Any]:
-    """Index tar files that another program has written: samples by key, classes by ``.cls`` or ``.json``."""
+    """Index tar files that another program has written: samples by key, classes by ``.cls`` or ``.json``.
+
+    What is known of an archive is kept as long as its size and times stay the same.
+    """
     archives = sorted(path for path in root.rglob("*.tar") if not path.name.startswith("."))
     if not archives:
         raise FileNotFoundError(f"no shards: {root} holds neither {INDEX} nor a .tar file.\n{HINT}")
     kept = cache_home() / "index" / f"shards-{_key(str(root.resolve()))}.json"
-    stamps = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in archives]
-    known = read_json(kept)
-    if known is not None and known.get("stamps") == stamps and known.get("format") == FORMAT:
-        return dict(known)
+    index: dict[str, Any] = {"format": FORMAT, "probed": INDEX_FORMAT, "title": root.name, "complete": True}
+    told = read_json(kept)
+    known: dict[str, dict[str, Any]] = {}
+    if isinstance(told, dict) and (told.get("format"), told.get("probed")) == (FORMAT, INDEX_FORMAT):
+        known = {shard["url"]: shard for shard in told["shards"]}
     shards: list[dict[str, Any]] = []
-    broken: dict[str, str] = {}
+    fresh = 0
+    next_save = time.monotonic() + SECONDS_BETWEEN_SAVES
     for path in tqdm(archives, "indexing shards", unit="shard", delay=1, leave=False):
-        videos = []
-        for key, packed, told in _samples(path, broken):
-            try:
-                info = probe(packed)
-                videos.append(
-                    {
-                        **{name: getattr(info, name) for name in ("num_frames", "fps", "variable_rate")},
-                        "path": f"{path.relative_to(root).as_posix()}/{key}",
-                        "seek_points": info.seek_points,
-                        "size": (info.height, info.width),
-                        "sha256": sha256_of(packed),
-                        "num_bytes": sum(size for _, _, size in packed.members),
-                        "members": packed.members,
-                        "splits": told.get("splits") or told.get("split"),
-                        "class": told.get("class"),
-                    }
-                )
-            except VideoError as error:
-                broken[f"{path.name}/{key}"] = error.reason
-        shards.append(
-            {"url": str(path.relative_to(root)), "num_bytes": path.stat().st_size, "videos": videos}
-        )
+        url = path.relative_to(root).as_posix()
+        stamp = stamp_of(path)
+        shard = known.get(url)
+        if shard is None or shard["stamp"] != stamp:
+            shard = _index_one(path, url) | {"stamp": stamp}
+            fresh += 1
+        shards.append(shard)
+        if fresh and time.monotonic() > next_save:  # so that an interrupted start goes on from here
+            begin = time.monotonic()
+            write_json(kept, index | {"shards": shards})
+            spent = time.monotonic() - begin
+            next_save = begin + max(SECONDS_BETWEEN_SAVES, 20 * spent)
+    if fresh or len(shards) != len(known):
+        write_json(kept, index | {"shards": shards})
     videos = [video for shard in shards for video in shard["videos"]]
     # Numbers in their order, then words: of a class that is told by a number the name is that number.
     classes = sorted({str(video["class"]) for video in videos if video["class"] is not None}, key=_by_number)
     for video in videos:
-        video["label"] = -1 if video["class"] is None else classes.index(str(video.pop("class")))
-    index = {
-        "format": FORMAT, "title": root.name, "classes": classes, "complete": True, "shards": shards,
-        "stamps": stamps, "broken": broken,
-    }  # fmt: skip
-    write_json(kept, index)
-    return dict(read_json(kept) or index)
+        video["label"] = -1 if video["class"] is None else classes.index(str(video["class"]))
+    broken = {name: reason for shard in shards for name, reason in shard["broken"].items()}
+    return index | {"classes": classes, "shards": shards, "broken": broken}
+
+
+def _index_one(path: Path, url: str) -> dict[str, Any]:
+    """What there is in an archive: its videos, and by name and reason what can't be read."""
+    videos: list[dict[str, Any]] = []
+    shard: dict[str, Any] = {"url": url, "num_bytes": _size(path) or 0, "videos": videos, "broken": {}}
+    if not path.is_file():
+        shard["broken"][url] = NOT_REGULAR
+        return shard
+    for name, packed, told in _samples(path, url, shard["broken"]):
+        try:
+            splits = told.get("splits") or told.get("split")
+            words = [splits] if isinstance(splits, str) else splits
+            if words is not None and not (
+                isinstance(words, list) and all(isinstance(word, str) for word in words)
+            ):
+                raise VideoError(packed, f"its split is {splits!r}, expected a word or a list of words")
+            info = probe(packed)
+            videos.append(
+                {
+                    **{key: getattr(info, key) for key in ("num_frames", "fps", "variable_rate")},
+                    "path": f"{url}/{name}",
+                    "seek_points": info.seek_points,
+                    "size": (info.height, info.width),
+                    "sha256": sha256_of(packed),
+                    "num_bytes": sum(size for _, _, size in packed.members),
+                    "members": packed.members,
+                    "splits": words,
+                    "class": told.get("class"),
+                }
+            )
+        except VideoError as error:
+            shard["broken"][f"{url}/{name}"] = error.reason
+    return shard
 
 
 def _by_number(name: str) -> tuple[bool, int, str]:
     return (not name.isdigit(), int(name) if name.isdigit() else 0, name)
 
 
-def _samples(path: Path, broken: dict[str, str]) -> Iterator[tuple[str, Packed, dict[str, Any]]]:
-    """The samples of an archive: key, video, and what its side files tell."""
+def _samples(path: Path, url: str, broken: dict[str, str]) -> Iterator[tuple[str, Packed, dict[str, Any]]]:
+    """The videos of an archive: name, where they lie, and what their side files tell.
+
+    A sample is one video, whose name is its key: a video file, or else its images. Of several video files in
+    a sample each is a video, by the name of the file.
+    """
     members: dict[str, list[tuple[str, int, int]]] = {}
     told: dict[str, dict[str, Any]] = {}
     try:
@@ -348,13 +398,37 @@ def _samples(path: Path, broken: dict[str, str]) -> Iterator[tuple[str, Packed, 
                     text = content.read().decode(errors="replace") if content else ""
                     side = _parsed(text) if extension == "json" else {"class": text.strip()}
                     told.setdefault(key, {}).update(side)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        broken[path.name] = f"the archive is damaged: {error}"
+            end = archive.offset
+        damage = _damage_after(path, end)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        damage = str(error)
+    if damage:
+        broken[url] = f"the archive is damaged: {damage}"
     for key, found in members.items():
         side = told.get(key, {})
         if "class" not in side and side.get("label") is not None:
             side["class"] = str(side["label"])
-        yield key, Packed(str(path), tuple(found)), side
+        files = [part for part in found if PurePosixPath(part[0]).suffix.lower() in VIDEO_EXTENSIONS]
+        videos: list[tuple[tuple[str, int, int], ...]] = [(part,) for part in files] or [tuple(found)]
+        for video in videos:
+            yield key if len(videos) == 1 else video[0][0], Packed(str(path), video), side
+
+
+def _damage_after(path: Path, end: int) -> str:
+    """What is wrong behind the last member of an archive that could be read, which ends at a byte; or "".
+
+    There are zeros, or else the rest would be lost without a word.
+    """
+    with path.open("rb") as file:
+        file.seek(end)
+        place = end
+        while chunk := file.read(1 << 20):
+            if chunk.strip(b"\0"):
+                rest = place + len(chunk) - len(chunk.lstrip(b"\0"))
+                size = path.stat().st_size
+                return f"what begins at byte {rest:,} of {size:,} is no member of it and isn't read"
+            place += len(chunk)
+    return "" if place > end else "it breaks off before its end"
 
 
 def _parsed(text: str) -> dict[str, Any]:
@@ -374,9 +448,9 @@ def shards(
 ) -> ClipDataset:
     """Clips of a data set in WebDataset tar shards, in a folder or under a URL (then with `webdataset`).
 
-    Splits are those that it was packed with; where it tells none, ``test_fraction`` of the videos, chosen by
-    a hash of their names, is kept for testing. Remote shards are fetched when their turn comes, a few at a
-    time.
+    Splits are those that it was packed with; of the videos that it tells no split of ``test_fraction``,
+    chosen by a hash of their names, is kept for testing. Remote shards are fetched when their turn comes, a
+    few at a time.
 
     Raises FileNotFoundError if there are no shards, ValueError if their packing wasn't finished.
     """
@@ -386,36 +460,45 @@ def shards(
     index, fetch = read_index(str(root))
     sampling = Sampling.of(clips)
     videos: list[tuple[VideoEntry, list[str] | None]] = []
-    missing = []
+    lost: dict[str, str] = {}
     for shard in index["shards"]:
         archive = shard["url"] if fetch is not None else str(Path(root) / shard["url"])
-        if fetch is None and _size(Path(archive)) != shard["num_bytes"]:
-            missing.append(
-                VideoError(archive, f"it isn't there with the {shard['num_bytes']:,} bytes of {INDEX}")
-            )
-            continue
+        gone = fetch is None and _size(Path(archive)) != shard["num_bytes"]
         for record in shard["videos"]:
             told = record["splits"]
-            splits = [told] if isinstance(told, str) else told
-            videos.append((_entry(record, archive), splits))
+            splits = None if told is None else [word.casefold() for word in told]
+            entry = _entry(record, archive)
+            videos.append((entry, splits))
+            if gone:
+                reason = f"{shard['url']} isn't there with the {shard['num_bytes']:,} bytes of {INDEX}"
+                lost[entry.path] = reason
     videos.sort(key=lambda video: natural_key(video[0].path))
-    if any(splits is not None for _, splits in videos):
-        chosen = [entry for entry, splits in videos if split == "all" or split in (splits or ())]
-    else:
-        usable = [entry.path for entry, _ in videos if not sampling.skips(entry)]
-        elsewhere = set(usable) - set(split_by_name(usable, test_fraction, split))
-        chosen = [entry for entry, _ in videos if entry.path not in elsewhere]
-    if not chosen and not missing:
+    untold = [entry.path for entry, splits in videos if splits is None and not sampling.skips(entry)]
+    here = set(split_by_name(untold, test_fraction, split))
+    elsewhere = set(untold) - here
+    left_out = {}
+    chosen = []
+    for entry, splits in videos:
+        if split == "all" or (entry.path not in elsewhere if splits is None else split in splits):
+            chosen.append(entry)
+        elif splits and not {"train", "test"} & set(splits):
+            left_out[entry.path] = f"of the split {', '.join(splits)}, which is neither train nor test"
+    if not chosen:
         raise ValueError(f"the shards in {root} hold no video of the split {split!r}")
-    broken = [VideoError(name, reason) for name, reason in index.get("broken", {}).items()] + missing
-    if clips["strict"] and broken:
-        raise broken[0]
+    broken = [VideoError(name, reason) for name, reason in index.get("broken", {}).items()]
+    broken += [VideoError(entry.path, lost[entry.path]) for entry in chosen if entry.path in lost]
+    chosen = [entry for entry in chosen if entry.path not in lost]
+    if clips["strict"]:
+        refuse_left_out(left_out)
+        if broken:
+            raise broken[0]
     return ClipDataset(
         chosen,
         index["classes"],
         fetch=fetch,
         name=f"{index['title']}, {split}",
         broken=broken,
+        left_out=left_out,
         **clips,
     )
 

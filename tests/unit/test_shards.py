@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import http.server
+import io
 import json
+import os
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -143,7 +145,8 @@ def test_a_shard_that_is_missing_is_named_and_skipped(videos: Path, tmp_path: Pa
     pack(videos, tmp_path / "packed")
     (tmp_path / "packed/shard-000001.tar").unlink()
     data = shards(str(tmp_path / "packed"), split="all", **COMMON)
-    assert len(data) in (9, 10) and "shard-000001.tar: it isn't there" in data.summary()
+    assert len(data) in (9, 10) and "shard-000001.tar isn't there with the " in data.summary()
+    assert "4 skipped as broken (" in data.summary(), "each of its videos counts"
     with pytest.raises(VideoError, match=r"shard-000001\.tar"):
         shards(str(tmp_path / "packed"), split="all", **(COMMON | {"strict": True}))
 
@@ -180,6 +183,116 @@ def test_shards_of_others_are_indexed_once(videos: Path, tmp_path: Path) -> None
         assert len(shards(str(tmp_path / "others"), split="all", **settings)) == 6
     finally:
         module.probe = before
+
+
+OTHERS = COMMON | {"test_fraction": 0.0, "horizontal_flip": False}
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+
+
+def test_of_a_sample_the_video_is_read_and_not_its_thumbnail(videos: Path, tmp_path: Path) -> None:
+    """And of several videos in a sample each."""
+    one, two = (videos / f"one/clip {k}.mp4" for k in range(2))
+    thumbnail = next((videos / "three/images0").iterdir()).read_bytes()
+    members = {
+        "a.jpg": thumbnail, "a.mp4": one.read_bytes(), "a.cls": b"7",
+        "b.left.mp4": one.read_bytes(), "b.right.mp4": two.read_bytes(), "b.cls": b"8",
+        "c.1.png": thumbnail, "c.2.png": thumbnail, "c.3.png": thumbnail, "c.4.png": thumbnail,
+    }  # fmt: skip
+    write_tar(tmp_path / "others/x.tar", members)
+    data = shards(str(tmp_path / "others"), split="all", **(OTHERS | {"frame_stride": 1}))
+    assert data.broken == {}
+    found = {entry.path: (entry.num_frames, entry.label) for entry in data.entries}
+    assert found == {
+        "x.tar/a": (12, 0), "x.tar/b.left.mp4": (12, 1), "x.tar/b.right.mp4": (12, 1), "x.tar/c": (4, -1)
+    }  # fmt: skip
+
+
+def test_an_archive_that_loses_its_rest_says_so(videos: Path, tmp_path: Path) -> None:
+    """Damaged in the middle, broken off between two members, or two archives in one file."""
+    content = (videos / "one/clip 0.mp4").read_bytes()
+    write_tar(tmp_path / "whole.tar", {f"{k}.mp4": content for k in range(4)})
+    whole = (tmp_path / "whole.tar").read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as archive:
+        third = archive.getmembers()[2].offset
+    others = tmp_path / "others"
+    others.mkdir()
+    damaged = whole[:third] + b"\1" * 512 + whole[third + 512 :]
+    size = len(whole)
+    for name, bytes_, count, reason in [
+        (
+            "middle",
+            damaged,
+            2,
+            f"what begins at byte {third:,} of {size:,} is no member of it and isn't read",
+        ),
+        ("cut", whole[:third], 2, "it breaks off before its end"),
+        ("two", whole + whole, 4, f"what begins at byte {size:,} of {2 * size:,} is no member of it"),
+        ("good", whole, 4, ""),
+    ]:
+        for file in others.iterdir():
+            file.unlink()
+        (others / f"{name}.tar").write_bytes(bytes_)
+        data = shards(str(others), split="all", **OTHERS)
+        assert len(data) == count, name
+        assert [f"{name}.tar"] * bool(reason) == list(data.broken)
+        if reason:
+            assert f"{name}.tar: the archive is damaged: {reason}" in data.summary()
+            with pytest.raises(VideoError, match="the archive is damaged"):
+                shards(str(others), split="all", **(OTHERS | {"strict": True}))
+
+
+def test_archives_may_move_between_folders(videos: Path, tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    write_tar(others / "a/x.tar", {"1.mp4": (videos / "one/clip 0.mp4").read_bytes(), "2.mp4": b"no video"})
+    write_tar(others / "b/x.tar", {"1.mp4": (videos / "one/clip 1.mp4").read_bytes(), "2.mp4": b"no video"})
+    (others / "c").mkdir()
+    for moved in ("a", "c"):
+        data = shards(str(others), split="all", **OTHERS)
+        assert {entry.path for entry in data.entries} == {f"{moved}/x.tar/1", "b/x.tar/1"}
+        assert set(data.broken) == {f"{moved}/x.tar/2", "b/x.tar/2"} and len(data[0]["frames"]) == 4
+        if moved == "a":
+            (others / "a/x.tar").rename(others / "c/x.tar")
+    os.mkfifo(others / "pipe.tar")
+    assert "no regular file" in shards(str(others), split="all", **OTHERS).broken["pipe.tar"]
+
+
+def test_only_samples_that_tell_their_split_are_bound_to_it(videos: Path, tmp_path: Path) -> None:
+    content = (videos / "one/clip 0.mp4").read_bytes()
+    members = {f"{k}.mp4": content for k in range(8)}
+    members |= {
+        "0.json": b'{"split": "validation"}',
+        "1.json": b'{"split": "Test"}',
+        "2.json": b'{"splits": 7}',
+    }
+    write_tar(tmp_path / "others/x.tar", members)
+    settings = OTHERS | {"test_fraction": 0.25}
+    train, test, whole = (
+        shards(str(tmp_path / "others"), split=split, **settings) for split in ("train", "test", "all")
+    )
+    assert [len(train), len(test), len(whole)] == [4, 2, 7]
+    assert "x.tar/1" in {entry.path for entry in test.entries}
+    reason = "of the split validation, which is neither train nor test"
+    assert train.left_out == test.left_out == {"x.tar/0": reason} and whole.left_out == {}
+    assert whole.broken == {"x.tar/2": "its split is 7, expected a word or a list of words"}
+
+
+@pytest.mark.parametrize("content", ["[]", '{"format": 1}', '{"format": 1, "shards": 3}'])
+def test_what_is_no_index_of_shards_is_refused(videos: Path, tmp_path: Path, content: str) -> None:
+    target = tmp_path / "packed"
+    target.mkdir()
+    (target / "shards.json").write_text(content)
+    with pytest.raises(ValueError, match=r"shards\.json isn't an index of shards: expected classes"):
+        shards(str(target), split="all", **COMMON)
+    with pytest.raises(ValueError, match=r"shards\.json isn't an index of shards: expected classes"):
+        pack(videos, target)
 
 
 @pytest.fixture
