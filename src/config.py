@@ -7,10 +7,10 @@ Values live in ``conf/``; this module holds the types of what never swaps (the p
 import contextlib
 import difflib
 import functools
-import io
 import importlib
 import importlib.util
 import inspect
+import io
 import math
 import os
 import sys

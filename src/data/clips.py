@@ -1,6 +1,7 @@
 """Videos in a folder as an endless stream of training clips."""
 
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -8,6 +9,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate, groupby
 from pathlib import Path, PurePath
@@ -21,7 +23,7 @@ from tqdm import tqdm
 from .choice import ClipPlace, start_of
 from .counts import Count, named, refuse_left_out
 from .sampler import EndlessOrder, clip_generator
-from .storage import cache_home, exclusive, read_json, write_json
+from .storage import cache_home, exclusive, read_json, read_json_lines, write_json
 from .transforms import Frames, Resize
 from .video import (
     IMAGE_EXTENSIONS,
@@ -37,7 +39,7 @@ from .video import (
 )
 
 # Of what is remembered of each video between starts.
-INDEX_FORMAT = 4
+INDEX_FORMAT = 5
 # A file that breaks in mid-training is replaced by another; after so many in a row something else is wrong.
 NUM_ATTEMPTS = 20
 
@@ -192,12 +194,15 @@ class FoundVideos:
 
 def in_parallel(function: Callable[[_A], _B], arguments: Sequence[_A], description: str) -> Iterator[_B]:
     """Map over videos in threads, in order, with a progress bar (coding doesn't hold Python's lock)."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count() or 1)
+    try:
         results = pool.map(function, arguments)
         # Nothing is shown for what takes less than a second.
         yield from tqdm(
             results, description, len(arguments), unit="video", delay=1, mininterval=0.5, leave=False
         )
+    finally:
+        pool.shutdown(cancel_futures=True)  # who interrupts waits only for what is at work
 
 
 def walk(
@@ -261,54 +266,78 @@ def list_videos(root: str | os.PathLike[str], left_out: dict[str, str] | None = 
     return sorted((path.as_posix() for path in found), key=natural_key)
 
 
-def _stamp(path: Path) -> list[int]:
-    """What changes when a file (or one in a folder) does: its size in bytes and time of modification."""
+def stamp_of(path: Path) -> list[int | str]:
+    """What changes when a file does, or one in a folder: the size in bytes, and a digest of sizes and times.
+
+    The time of change tells a file that was replaced by another of its size and its time of modification.
+    """
     try:
-        own = path.stat()
-        files = [own]
+        files = [("", path.stat())]
         if path.is_dir():
-            files = [entry.stat() for entry in os.scandir(path) if entry.is_file()]
+            files = [(entry.name, entry.stat()) for entry in os.scandir(path) if entry.is_file()]
     except OSError:
-        return [0, 0]
-    latest = max([own.st_mtime_ns, *(status.st_mtime_ns for status in files)])
-    return [sum(status.st_size for status in files), latest]
+        return [0, ""]
+    rows = sorted((name, told.st_size, told.st_mtime_ns, told.st_ctime_ns) for name, told in files)
+    return [sum(told.st_size for _, told in files), hashlib.sha256(repr(rows).encode()).hexdigest()[:32]]
 
 
 def _probe_all(root: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Probe videos, but those known from an earlier time and unchanged only once."""
+    """Probe videos, but those known from an earlier time and unchanged only once.
+
+    What is told of a video is added to a journal at once, so that an interrupted start goes on from there,
+    and in the end all goes into the index.
+    """
     key = hashlib.sha256(str(root.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
     index_file = cache_home() / "index" / f"{key}.json"
+    journal_file = index_file.with_name(f"{key}.{INDEX_FORMAT}.jsonl")
     known = read_json(index_file)
     index: dict[str, dict[str, Any]] = {}
-    if known and known.get("format") == INDEX_FORMAT:
+    if isinstance(known, dict) and known.get("format") == INDEX_FORMAT and "videos" in known:
         index = known["videos"]
+    journal = read_json_lines(journal_file)
+    index |= dict(journal)
+
+    def is_known(name: str) -> bool:
+        told = index.get(name, {})
+        complete = "error" in told or {"info", "sha256"} <= told.keys()
+        return complete and told.get("stamp") == stamp_of(root / name)
+
+    fresh = [name for name in names if not is_known(name)]
+    if not fresh and not journal:
+        return {name: index[name] for name in names}
+    lines: int | None = None
+    try:
+        index_file.parent.mkdir(parents=True, exist_ok=True)
+        lines = os.open(journal_file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+        os.write(lines, b"\n")  # after a line that was cut off
+    except OSError:
+        pass  # it is said in the end
 
     def one(name: str) -> dict[str, Any]:
         path = root / name
+        result: dict[str, Any] = {"stamp": stamp_of(path)}
         try:
-            return {"stamp": _stamp(path), "sha256": sha256_of(path), "info": asdict(probe(path))}
+            result |= {"sha256": sha256_of(path), "info": asdict(probe(path))}
         except VideoError as error:
-            return {"stamp": _stamp(path), "error": error.reason}
+            result |= {"error": error.reason}
         except OSError as error:
             # Permissions and full tables of files pass: it is asked again at the next start.
-            return {"stamp": None, "error": error.strerror or str(error)}
+            result = {"stamp": None, "error": error.strerror or str(error)}
+        if lines is not None:
+            with suppress(OSError):
+                os.write(lines, json.dumps([name, result]).encode() + b"\n")
+        return result
 
-    fresh = [name for name in names if name not in index or index[name]["stamp"] != _stamp(root / name)]
-
-    def save() -> None:
-        try:
-            write_json(index_file, {"format": INDEX_FORMAT, "root": str(root.resolve()), "videos": index})
-        except OSError as error:
-            warnings.warn(f"can't keep the index of {root} for the next start: {error}", stacklevel=3)
-
-    for count, (name, result) in enumerate(
-        zip(fresh, in_parallel(one, fresh, "probing videos"), strict=True), start=1
-    ):
-        index[name] = result
-        if count % 2000 == 0:  # so that an interrupted start goes on from here
-            save()
-    if fresh:
-        save()
+    try:
+        index.update(zip(fresh, in_parallel(one, fresh, "probing videos"), strict=True))
+    finally:
+        if lines is not None:
+            os.close(lines)
+    try:
+        write_json(index_file, {"format": INDEX_FORMAT, "root": str(root.resolve()), "videos": index})
+        journal_file.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(f"can't keep the index of {root} for the next start: {error}", stacklevel=3)
     return {name: index[name] for name in names}
 
 
@@ -672,8 +701,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def _open_cache(self, folder: Path, entries: Sequence[VideoEntry]) -> list[VideoEntry]:
         """Find or make the cache; returns the entries that it holds, which are all but those found broken."""
         height, width = self.resolution
-        stamps = [_stamp(Path(entry.packed.archive if entry.packed else entry.path)) for entry in entries]
-        what = [INDEX_FORMAT, self.resolution, self.resize.mode, self.sampling.fps, stamps]
+        what = [INDEX_FORMAT, self.resolution, self.resize.mode, self.sampling.fps]
         key = self._digest(entries, what)[:24]
         stem = f"{height}x{width}-{self.resize.mode}-{key}"
         pixels, index = folder / f"{stem}.uint8", folder / f"{stem}.json"

@@ -166,6 +166,19 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """Read a file of lines of JSON that only speeds things up, but those that were cut off; [] without it."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 @contextmanager
 def held(path: Path, busy: str) -> Iterator[None]:
     """Hold the lock file ``path`` while this process works; nobody waits for it.

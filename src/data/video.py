@@ -91,6 +91,16 @@ class VideoError(RuntimeError):
         return f"can't read the video {self.path}: {self.reason}"
 
 
+NOT_REGULAR = "it is no regular file, but a pipe, a device or the like"
+
+
+def refuse_special(path: VideoPath) -> None:
+    """Refuses pipes, devices and what else could be read for ever or never ends; VideoError."""
+    file = path.archive if isinstance(path, Packed) else path
+    if os.path.exists(file) and not os.path.isfile(file):
+        raise VideoError(path, NOT_REGULAR)
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What decoding a video from end to end shows, after its rotation is applied.
@@ -368,6 +378,7 @@ def _packets(container: InputContainer, stream: av.VideoStream) -> Iterator[av.P
 
 
 def _opened(path: VideoPath) -> InputContainer:
+    refuse_special(path)
     if isinstance(path, Packed):
         _, offset, size = path.members[0]
         # FFmpeg's own way into a part of a file.
@@ -615,16 +626,19 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _for_pillow(path: VideoPath) -> str | os.PathLike[str] | io.BytesIO:
+    refuse_special(path)
     return io.BytesIO(path.read()) if isinstance(path, Packed) else path
 
 
 def sha256_of(path: VideoPath) -> str:
     """SHA-256 of a video file, or of the names and contents of a video's frame images.
 
-    It is the same inside an archive and outside. Raises OSError if they can't be read.
+    It is the same inside an archive and outside. Raises OSError if they can't be read, VideoError if they are
+    no regular files.
     """
 
     def of_one(file: VideoPath) -> "hashlib._Hash":
+        refuse_special(file)
         if isinstance(file, Packed):
             return hashlib.sha256(file.read())
         with open(file, "rb") as opened:

@@ -126,6 +126,80 @@ def test_a_damaged_index_is_made_anew(root: Path, own_cache_home: Path) -> None:
     assert json.loads(file.read_text())["format"] == INDEX_FORMAT
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", '{"format": %d}', '{"format": %d, "videos": {"a/1.mp4": {"info": {}}, "a/2.mp4": {}}}']
+)
+def test_an_index_of_another_shape_is_made_anew(root: Path, own_cache_home: Path, content: str) -> None:
+    first = find_videos(root, strict=False)
+    (file,) = (own_cache_home / "index").glob("*.json")
+    file.write_text(content.replace("%d", str(INDEX_FORMAT)))
+    assert find_videos(root, strict=False).entries == first.entries
+
+
+def test_an_interrupted_probing_loses_nothing_that_was_told(
+    root: Path, own_cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even in a process that has no time to save: each video is on the disk once it is known."""
+    probed: list[str] = []
+
+    def fifth_interrupts(path: Path) -> Any:
+        if len(probed) == 4:
+            raise KeyboardInterrupt
+        probed.append(path.name)
+        return original(path)
+
+    original = clips_module.probe
+    with monkeypatch.context() as patch:
+        patch.setattr(clips_module, "probe", fifth_interrupts)
+        patch.setattr(clips_module.os, "cpu_count", lambda: 1)
+        with pytest.raises(KeyboardInterrupt):
+            find_videos(root, strict=False)
+    (journal,) = (own_cache_home / "index").glob("*.jsonl")
+    with journal.open("a") as file:
+        file.write('["b/c/3.mp4", {"stam')
+    first = list(probed)
+    monkeypatch.setattr(clips_module, "probe", lambda path: probed.append(path.name) or original(path))
+    assert len(find_videos(root, strict=False).entries) == 7
+    assert len(first) == 4 and len(probed) == 8
+    assert not journal.exists()
+    find_videos(root, strict=False)
+    assert len(probed) == 8
+
+
+def test_a_file_replaced_by_one_of_its_size_and_date_is_probed_again(root: Path) -> None:
+    """In a folder of frames as well, where an older file takes the place of one of several."""
+    images = root / "walk"
+    images.mkdir()
+    for t in range(3):
+        Image.fromarray(ramp(2)[1]).save(images / f"{t}.bmp")
+    other = root.parent / "other.bmp"
+    Image.fromarray(ramp(9)[8]).save(other)
+    os.utime(other, (1e9, 1e9))
+    before = {Path(entry.path).name: entry.sha256 for entry in find_videos(root, strict=False).entries}
+    assert other.stat().st_size == (images / "1.bmp").stat().st_size
+    os.replace(other, images / "1.bmp")
+    video = root / "a/10.mp4"
+    status, content = video.stat(), bytearray(video.read_bytes())
+    content[-1] ^= 1
+    video.write_bytes(content)
+    os.utime(video, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = {Path(entry.path).name: entry.sha256 for entry in find_videos(root, strict=False).entries}
+    assert {name for name in before if before[name] != after[name]} == {"walk", "10.mp4"}
+
+
+def test_what_never_ends_is_named_and_not_read(root: Path) -> None:
+    os.mkfifo(root / "a/pipe.mp4")
+    (root / "a/zeros.avi").symlink_to("/dev/zero")
+    (root / "walk").mkdir()
+    os.mkfifo(root / "walk/1.jpg")
+    found = find_videos(root, strict=False)
+    reasons = {Path(error.path).name: error.reason for error in found.broken}
+    assert set(reasons) == {"broken.mp4", "pipe.mp4", "zeros.avi", "walk"}
+    assert all("no regular file" in reasons[name] for name in ("pipe.mp4", "zeros.avi", "walk"))
+    with pytest.raises(VideoError, match="no regular file"):
+        read_clip(root / "a/pipe.mp4", 0, 1)
+
+
 def test_an_index_that_cannot_be_kept_is_only_a_warning(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,10 +334,12 @@ def test_the_cache_is_made_once_and_anew_when_something_changed(
     dataset(root, cache=cache, resolution=8)
     dataset(root, cache=cache, resolution=8, crop="squash")
     assert made == 3
-    # Same size and same name, but another content.
+    # The same content with another date, then another content.
     data = (root / "a/1.mp4").read_bytes()
-    time.sleep(0.01)
     (root / "a/1.mp4").write_bytes(data)
+    dataset(root, cache=cache)
+    assert made == 3
+    write_video(root / "a/1.mp4", ramp(40, base=2), 8)
     dataset(root, cache=cache)
     assert made == 4
     # A file cut short by a full disk or a kill.
@@ -339,7 +415,8 @@ def test_a_clip_that_breaks_leaves_those_of_the_same_visit(root: Path) -> None:
         write_video(root / f"a/{number}.mp4", ramp(26), 8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        together = [item for visit in range(12) for item in data.__getitems__(range(4 * visit, 4 * visit + 4))]
+        visits = [range(first, first + 4) for first in range(0, 48, 4)]
+        together = [item for visit in visits for item in data.__getitems__(visit)]
         alone = [data[position] for position in range(48)]
     assert len(data.broken) == 4
     for one, other in zip(together, alone, strict=True):
