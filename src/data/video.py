@@ -441,7 +441,10 @@ class _DecodedFrame:
     def to_rgb(self) -> Frames:
         frame = self._frame
         transposed, flip_y, flip_x = self._orientation
-        converted = self._reformatter.reformat(frame, format="rgb24", threads=1)
+        # As ffmpeg's own tool does it. It tells only where chroma isn't that of common 8-bit formats.
+        converted = self._reformatter.reformat(
+            frame, format="rgb24", interpolation=Interpolation.BICUBIC, threads=1
+        )
         plane = converted.planes[0]
         if plane.line_size > 0:  # to_ndarray does the same, but takes longer than decoding a small frame
             levels: Frames = np.frombuffer(memoryview(plane), np.uint8, count=frame.height * plane.line_size)
