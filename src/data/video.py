@@ -551,7 +551,8 @@ def _frame_rate(
     if len(times) < 2 or first is None or last is None or not _increasing(times):
         return declared or IMAGES_FPS, False
     mean = (last - first) / (len(times) - 1)
-    span = last - first + (last_duration or mean)
+    longest = max((b - a for a, b in pairwise(times) if a is not None and b is not None), default=mean)
+    span = last - first + min(last_duration or mean, longest)
     even = all(abs(t - first - k * mean) < 0.25 * mean for k, t in enumerate(times) if t is not None)
     if even:
         # The declared rate is the exact one, if the stamps agree with it.
@@ -571,19 +572,22 @@ def _declared_rate(path: VideoPath) -> float | None:
 def _at_rate(path: VideoPath, frames: Iterable[_TimedFrame], fps: float) -> Iterator[_TimedFrame]:
     """Repeat and drop frames such that one comes per tick of ``fps``: the one on the screen amid the tick.
 
-    The last frame stays for its own duration, or where the file doesn't tell, for the average one.
+    The last frame stays for its own duration, but not longer than any before it (some files state minutes),
+    or where the file doesn't tell, for the average one.
     """
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"at_fps must be a positive number, got {fps}")
     ticks = 0
     count = 0
-    start = shown_since = 0.0
+    start = shown_since = longest = 0.0
     shown: _TimedFrame | None = None
     for frame in frames:
         if frame.time is None or (shown is not None and frame.time <= shown_since):
             raise VideoError(path, "its time stamps don't increase, so it can't be read by time")
         if shown is None:
             start = frame.time
+        else:
+            longest = max(longest, frame.time - shown_since)
         while shown is not None and start + (ticks + 0.5) / fps < frame.time:
             yield shown
             ticks += 1
@@ -591,6 +595,8 @@ def _at_rate(path: VideoPath, frames: Iterable[_TimedFrame], fps: float) -> Iter
     if shown is None:
         return
     duration = shown.duration or ((shown_since - start) / (count - 1) if count > 1 else 1 / fps)
+    if count > 1:
+        duration = min(duration, longest)
     for _ in range(ticks, max(1, round((shown_since + duration - start) * fps))):
         yield shown
 

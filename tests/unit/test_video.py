@@ -139,6 +139,21 @@ def test_time_rules_where_the_rate_varies(tmp_path: Path) -> None:
     assert sum(1 for _ in iterate_frames(path, at_fps=info.fps)) == 5
 
 
+def test_a_last_frame_that_claims_minutes_doesnt_stand_for_them(tmp_path: Path) -> None:
+    path = tmp_path / "x.gif"
+    images = [Image.fromarray(frame) for frame in numbered(12)]
+    stated = [40, 80] * 5 + [40, 655_350]  # milliseconds
+    images[0].save(path, save_all=True, append_images=images[1:], duration=stated)
+    info = probe(path)
+    # 0.64 s up to the last frame, which stays as long as the longest of the others, 0.08 s.
+    assert info.variable_rate and info.num_frames == 12 and info.fps == pytest.approx(12 / 0.72)
+    shown = numbers(np.stack(list(iterate_frames(path, at_fps=info.fps))))
+    assert len(shown) == 12 and len(set(shown)) >= 8
+    assert numbers(np.stack(list(iterate_frames(path, at_fps=25.0)))) == [
+        *(0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7, 8, 9, 9, 10, 11, 11),
+    ]
+
+
 def test_an_even_rate_reads_the_same_by_time_and_by_count(tmp_path: Path) -> None:
     path = tmp_path / "even.mkv"  # Matroska rounds stamps to milliseconds
     with VideoWriter(tmp_path / "even.mp4", 30000 / 1001) as writer:
