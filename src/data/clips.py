@@ -31,6 +31,7 @@ from .video import (
     Packed,
     VideoError,
     VideoPath,
+    is_animated,
     iterate_frames,
     natural_key,
     probe,
@@ -238,8 +239,8 @@ def walk(
 def list_videos(root: str | os.PathLike[str], left_out: dict[str, str] | None = None) -> list[str]:
     """List the videos under a folder, by their paths relative to it, in natural order.
 
-    A video is a file with a video's extension, or a folder that holds images and no video, nor one in its
-    sub-folders. Hidden names are passed over, links followed (once). ``left_out`` is told, path by path, what
+    A video is a file with a video's extension or an animated WebP, or a folder that holds images and no video,
+    nor one in its sub-folders. Hidden names are passed over, links followed (once). ``left_out`` is told, path by path, what
     else isn't read and why: images beside videos, second names of a folder.
     """
     found = []
@@ -248,11 +249,17 @@ def list_videos(root: str | os.PathLike[str], left_out: dict[str, str] | None = 
     holders: set[PurePath] = set()
     for folder, _, names in walk(root, left_out):
         relative = PurePath(os.path.relpath(folder, root))
+        pictures = [name for name in names if Path(name).suffix.lower() in IMAGE_EXTENSIONS]
         videos = [name for name in names if Path(name).suffix.lower() in VIDEO_EXTENSIONS]
+        animated = {
+            name for name in pictures if name[-5:].lower() == ".webp" and is_animated(Path(folder, name))
+        }
+        if animated:
+            pictures = [name for name in pictures if name not in animated]
+            videos += animated
         found += [relative / name for name in videos]
         if videos:
             holders.update((relative, *relative.parents))
-        pictures = [name for name in names if Path(name).suffix.lower() in IMAGE_EXTENSIONS]
         if pictures:
             images[os.fspath(relative)] = sorted(pictures, key=natural_key)
     for name in sorted(images, key=lambda name: -len(PurePath(name).parts)):

@@ -52,7 +52,8 @@ def given_videos(
         root = str(paths[0])
         names = require_videos(root, "videos", hint, left_out)
     else:
-        unknown = [p for p in paths if not p.is_dir() and p.suffix.lower() not in VIDEO_EXTENSIONS]
+        known = {*VIDEO_EXTENSIONS, ".webp"}
+        unknown = [p for p in paths if not p.is_dir() and p.suffix.lower() not in known]
         if unknown:
             raise ValueError(f"{unknown[0]} isn't a video by its name. {hint}")
         root = os.path.commonpath([path.absolute().parent for path in paths])

@@ -30,8 +30,8 @@ from .transforms import Frames
 
 # fmt: off
 VIDEO_EXTENSIONS = frozenset({
-    ".3gp", ".apng", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts",
-    ".ogv", ".ts", ".webm", ".wmv",
+    ".3gp", ".apng", ".asf", ".avi", ".f4v", ".flv", ".gif", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov", ".mp4",
+    ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".ogv", ".qt", ".ts", ".vob", ".webm", ".wmv", ".y4m",
 })
 IMAGE_EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 # fmt: on
@@ -606,16 +606,34 @@ def natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
+def is_animated(path: str | os.PathLike[str]) -> bool:
+    """Whether a WebP file says that it has several frames."""
+    try:
+        if not os.path.isfile(path):
+            return False
+        with open(path, "rb") as file:
+            head = file.read(21)
+    except OSError:
+        return False
+    # A flag of the extended format.
+    return head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20:] and head[20] & 2)
+
+
 def is_images(path: VideoPath) -> bool:
     """Whether a video is a row of frame images."""
     if isinstance(path, Packed):
-        return Path(path.members[0][0]).suffix.lower() in IMAGE_EXTENSIONS - {".webp"}
+        suffix = Path(path.members[0][0]).suffix.lower()
+        return suffix in IMAGE_EXTENSIONS and (suffix != ".webp" or len(path.members) > 1)
     return os.path.isdir(path)
 
 
 def image_files(path: VideoPath) -> list[VideoPath]:
-    """The images of a video that is a row of them, as people count; raises VideoError if there are none."""
+    """The images of a video that is a row of them, as people count.
+
+    Raises VideoError if there are none, or two of one name and of different kinds.
+    """
     if isinstance(path, Packed):
+        _refuse_twins(path, [name for name, _, _ in path.members])
         return [Packed(path.archive, (member,)) for member in path.members]
     try:
         names = os.listdir(path)
@@ -626,7 +644,17 @@ def image_files(path: VideoPath) -> list[VideoPath]:
     ]
     if not images:
         raise VideoError(path, "the folder holds no images")
+    _refuse_twins(path, images)
     return [Path(path, name) for name in sorted(images, key=natural_key)]
+
+
+def _refuse_twins(path: VideoPath, names: Sequence[str]) -> None:
+    """Refuses 1.jpg beside 1.png: they are no two frames."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(os.path.splitext(name)[0], name)
+        if other != name:
+            raise VideoError(path, f"two of its images have one name, {other} and {name}; keep one kind")
 
 
 def _check_size(image: Image.Image) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from src.data.clips import INDEX_FORMAT, ClipDataset, VideoEntry, find_videos, l
 from src.data.sampler import PositionSampler, batches
 from src.data.storage import atomic_path, read_json, write_json
 from src.data.transforms import Frames, Resize
-from src.data.video import VideoError, read_clip, write_video
+from src.data.video import VideoError, encode_preview, read_clip, write_video
 
 Shared = Callable[[str], Path]
 
@@ -89,6 +90,55 @@ def test_videos_are_found_in_natural_order(root: Path) -> None:
     assert [Path(error.path).name for error in found.broken] == ["broken.mp4"]
     with pytest.raises(VideoError, match=r"broken\.mp4"):
         find_videos(root, strict=True)
+
+
+def test_an_animated_webp_is_a_video_and_a_still_one_a_frame(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/moving.webp").write_bytes(encode_preview(ramp(6), 8))
+    (tmp_path / "frames").mkdir()
+    for t in range(4):
+        Image.fromarray(ramp(5)[t]).save(tmp_path / f"frames/{t}.webp")
+    found = find_videos(tmp_path, strict=True)
+    assert [(Path(e.path).name, e.num_frames) for e in found.entries] == [("moving.webp", 6), ("frames", 4)]
+
+
+@pytest.mark.parametrize(
+    ("extension", "format_", "codec"),
+    [
+        *((".nut", "nut", "mpeg4"), (".vob", "vob", "mpeg2video"), (".asf", "asf", "wmv2")),
+        *(
+            (".y4m", "yuv4mpegpipe", "wrapped_avframe"),
+            (".mxf", "mxf", "mpeg2video"),
+            (".f4v", "mp4", "h264"),
+        ),
+        *((".mpe", "mpeg", "mpeg1video"), (".qt", "mov", "mpeg4"), (".m2v", "mpeg2video", "mpeg2video")),
+    ],
+)
+def test_files_of_rarer_kinds_are_found_and_read(
+    tmp_path: Path, extension: str, format_: str, codec: str
+) -> None:
+    path = tmp_path / f"a/x{extension.upper()}"
+    path.parent.mkdir()
+    with av.open(str(path), "w", format=format_) as container:
+        stream = container.add_stream(codec, rate=25)
+        assert isinstance(stream, av.VideoStream)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for level in range(10):
+            picture = np.full((48, 64, 3), 20 * level, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    (entry,) = find_videos(tmp_path, strict=True).entries
+    assert entry.num_frames == 10 and entry.size == (48, 64)
+    assert read_clip(path, 9, 1).mean() == pytest.approx(180, abs=6)
+
+
+def test_two_kinds_of_one_frame_are_no_two_frames(tmp_path: Path) -> None:
+    (tmp_path / "walk").mkdir()
+    for t in range(4):
+        for kind in ("jpg", "png"):
+            Image.fromarray(ramp(5)[t]).save(tmp_path / f"walk/{t}.{kind}")
+    (error,) = find_videos(tmp_path, strict=False).broken
+    assert error.reason == "two of its images have one name, 0.jpg and 0.png; keep one kind"
 
 
 def test_files_right_under_the_root_have_no_class(tmp_path: Path) -> None:

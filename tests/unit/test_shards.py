@@ -104,6 +104,17 @@ def test_other_programs_read_them(videos: Path, tmp_path: Path) -> None:
             assert sample["mp4"] == original.read_bytes()
 
 
+def test_webp_frames_are_packed_as_frames(tmp_path: Path) -> None:
+    images = tmp_path / "videos/walk"
+    images.mkdir(parents=True)
+    for t in range(8):
+        Image.fromarray(np.full((16, 16, 3), 30 * t, np.uint8)).save(images / f"{t}.webp", lossless=True)
+    settings = COMMON | {"test_fraction": 0.0}
+    plain = folder(str(tmp_path / "videos"), split="all", **settings)
+    write_shards(plain, {"train": plain}, tmp_path / "packed", videos_per_shard=2)
+    same(plain, shards(str(tmp_path / "packed"), split="all", **settings), range(4))
+
+
 def test_an_interrupted_packing_goes_on(
     videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
