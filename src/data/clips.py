@@ -239,9 +239,9 @@ def walk(
 def list_videos(root: str | os.PathLike[str], left_out: dict[str, str] | None = None) -> list[str]:
     """List the videos under a folder, by their paths relative to it, in natural order.
 
-    A video is a file with a video's extension or an animated WebP, or a folder that holds images and no video,
-    nor one in its sub-folders. Hidden names are passed over, links followed (once). ``left_out`` is told, path by path, what
-    else isn't read and why: images beside videos, second names of a folder.
+    A video is a file with a video's extension or an animated WebP, or a folder that holds images and no
+    video, nor one in its sub-folders. Hidden names are passed over, links followed (once). ``left_out`` is
+    told, path by path, what else isn't read and why: images beside videos, second names of a folder.
     """
     found = []
     images: dict[str, list[str]] = {}

@@ -57,10 +57,10 @@ def refuse_twice(names: Sequence[str], root: str) -> None:
     """
     seen: dict[str, str] = {}
     for name in names:
-        stem = PurePosixPath(name).stem if PurePosixPath(name).suffix else PurePosixPath(name).name
-        if stem in seen:
+        stem = PurePosixPath(name).stem
+        other = seen.setdefault(stem.casefold(), name)
+        if other != name:
             raise ValueError(
-                f"{root} holds {stem} twice, as {seen[stem]} and as {name}: each video would count double. "
+                f"{root} holds {stem} twice, as {other} and as {name}: each video would count double. "
                 "Point dataset.root to the folder of one of them"
             )
-        seen[stem] = name

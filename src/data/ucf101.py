@@ -1,12 +1,11 @@
 """UCF-101: 13,320 videos of 101 human actions, 320x240 at 25 frames per second (Soomro et al., 2012)."""
 
-import os
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Unpack
 
-from .clips import ClipDataset, ClipOptions, find_videos
+from .clips import ClipDataset, ClipOptions, find_videos, walk
 from .counts import Count, named, refuse_twice
 from .folder import check_split, require_videos
 
@@ -21,11 +20,13 @@ the official splits UCF101TrainTestSplits-RecognitionTask.zip (about 0.1 MB). Un
 Frame folders named v_<Class>_gXX_cYY work as well. Then check and prepare it:
     python -m src.prepare dataset=ucf101 dataset.root=ROOT"""
 
-_NAME = re.compile(r"v_([A-Za-z]+)_.+")
+_NAME = re.compile(r"v_([a-z]+)_\w+(\.\w+)?", re.IGNORECASE | re.ASCII)
+
+_LIST = re.compile(r"(train|test)list0[123]\.txt", re.IGNORECASE)
 
 
 def class_of(name: str) -> str:
-    """Read the class from a video's name, v_<Class>_gXX_cYY; "" if it isn't named so."""
+    """Read the class from a video's name, v_<Class>_gXX_cYY, in any case; "" if it isn't named so."""
     match = _NAME.fullmatch(PurePosixPath(name).name)
     return match.group(1) if match else ""
 
@@ -35,27 +36,36 @@ SOURCE = "Soomro et al. 2012"
 SPLIT_SIZES = {"1": (9_537, 3_783), "2": (9_586, 3_734), "3": (9_624, 3_696)}
 
 
-def _list_folders(root: str) -> Iterator[Path]:
-    """Where the lists may lie: in the root or up to two folders deep, but not where frames of a video are."""
-    folders = [Path(root)]
-    for _ in range(3):
-        yield from folders
-        folders = sorted(
-            Path(entry.path)
-            for folder in folders
-            for entry in os.scandir(folder)
-            if entry.is_dir() and not class_of(entry.name)
-        )
+def _stem(name: str) -> str:
+    """What a video is known by in the lists: its name without folder and extension, in small letters."""
+    return PurePosixPath(name).stem.casefold()
 
 
-def _official_list(root: str, kind: str, number: str) -> set[str] | None:
-    """Read the names (without extension) in trainlist01.txt or its kin, from under the root; None without."""
-    file_name = f"{kind}list0{number}.txt"
-    found = next((path for folder in _list_folders(root) if (path := folder / file_name).is_file()), None)
-    if found is None:
+def _find_lists(root: str) -> dict[str, Path]:
+    """The official lists under the root, by their names in small letters; of several the least deep."""
+    found: dict[str, Path] = {}
+    for folder, subfolders, names in walk(root):
+        subfolders[:] = [name for name in subfolders if not class_of(name)]  # the frames of a video
+        for name in sorted(names):
+            path = Path(folder, name)
+            known = found.setdefault(name.casefold(), path) if _LIST.fullmatch(name) else path
+            if len(path.parts) < len(known.parts):
+                found[name.casefold()] = path
+    return found
+
+
+def _official_list(lists: Mapping[str, Path], kind: str, number: str) -> dict[str, str] | None:
+    """The names in trainlist01.txt or its kin, by what videos are known by; None without."""
+    path = lists.get(f"{kind}list0{number}.txt")
+    if path is None:
         return None
-    lines = found.read_text(encoding="utf-8").splitlines()
-    return {PurePosixPath(line.split()[0]).stem for line in lines if line.strip()}
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} isn't UTF-8 text ({error.reason} at byte {error.start}); take it from the archive again"
+        ) from error
+    return {_stem(line.split()[0]): PurePosixPath(line.split()[0]).stem for line in lines if line.strip()}
 
 
 def ucf101(
@@ -76,54 +86,71 @@ def ucf101(
     check_split(split)
     if subset not in SUBSETS:
         raise ValueError(f"unknown subset {subset!r} of UCF-101; choose one of: {', '.join(SUBSETS)}")
-    names = [name for name in require_videos(root, "UCF-101", HINT) if class_of(name)]
+    left_out: dict[str, str] = {}
+    listed_names = require_videos(root, "UCF-101", HINT, left_out)
+    names = [name for name in listed_names if class_of(name)]
     if not names:
         raise FileNotFoundError(f"no UCF-101: no video under {root} is named v_<Class>_gXX_cYY.\n{HINT}")
+    for name in listed_names:
+        if not class_of(name):
+            left_out[str(Path(str(root), name))] = "not named v_<Class>_gXX_cYY"
     refuse_twice(names, str(root))
+    # Of a class that is spelled in several ways the spelling with small letters.
+    spelling = {name.casefold(): name for name in sorted(map(class_of, names))}
+    lists = _find_lists(str(root))
     chosen = names
     if subset != "all" and split != "all":
-        listed = _official_list(str(root), split, subset[-1])
+        listed = _official_list(lists, split, subset[-1])
         if listed is None:
             raise FileNotFoundError(
                 f"no {split}list0{subset[-1]}.txt under {root}.\n{HINT}\nOr use dataset.subset=all."
             )
-        chosen = [name for name in names if PurePosixPath(name).stem in listed]
+        chosen = [name for name in names if _stem(name) in listed]
         if not chosen:
             raise ValueError(
                 f"none of the {len(names)} videos under {root} is in the official list of {subset}, {split}; "
                 "use dataset.subset=all, or complete the videos"
             )
-    found = find_videos(str(root), names=names, class_of=class_of, strict=clips["strict"]).only(chosen)
+    found = find_videos(
+        str(root),
+        names=names,
+        class_of=lambda name: spelling[class_of(name).casefold()],
+        strict=clips["strict"],
+        left_out=left_out,
+    ).only(chosen)
     return ClipDataset(
         found.entries,
         found.classes,
         name=f"UCF-101, {subset}, {split}",
         broken=found.broken,
-        counts=_counts(str(root), names),
+        left_out=left_out,
+        counts=_counts(lists, names),
         **clips,
     )
 
 
-def _counts(root: str, names: list[str]) -> list[Count]:
+def _counts(lists: Mapping[str, Path], names: list[str]) -> list[Count]:
     """The whole data set, and each official split whose lists are there."""
-    here = {PurePosixPath(name).stem for name in names}
-    lists = {
-        (kind, number): _official_list(root, kind, number)
+    here = set(map(_stem, names))
+    members = {
+        (kind, number): _official_list(lists, kind, number)
         for number in SPLIT_SIZES
         for kind in ("train", "test")
     }
-    known = (lists["train", "1"] or set()) | (lists["test", "1"] or set())
-    missing = f"missing {named(sorted(known - here))}" if known - here else ""
+
+    def missing(listed: Mapping[str, str]) -> str:
+        absent = sorted(name for stem, name in listed.items() if stem not in here)
+        return f"missing {named(absent)}" if absent else ""
+
+    known = (members["train", "1"] or {}) | (members["test", "1"] or {})
     counts = [
-        Count("videos", len(names), 13_320, SOURCE, missing),
-        Count("classes", len({class_of(name) for name in names}), 101, SOURCE),
+        Count("videos", len(names), 13_320, SOURCE, missing(known)),
+        Count("classes", len({class_of(name).casefold() for name in names}), 101, SOURCE),
     ]
-    for (kind, number), listed in lists.items():
+    for (kind, number), listed in members.items():
         if listed is not None:
             expected = SPLIT_SIZES[number][kind == "test"]
             what = f"{kind}ing videos of split {number}"
-            remark = f"missing {named(sorted(listed - here))}" if listed - here else ""
-            counts.append(
-                Count(what, len(listed & here), expected, f"official {kind}list0{number}.txt", remark)
-            )
+            source = f"official {kind}list0{number}.txt"
+            counts.append(Count(what, len(here & set(listed)), expected, source, missing(listed)))
     return counts

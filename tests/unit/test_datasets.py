@@ -276,6 +276,28 @@ def test_ucf101_as_frame_folders(tmp_path: Path) -> None:
     assert data.classes == ("TaiChi", "YoYo") and len(data) == 2
 
 
+def test_ucf101_takes_capitals_and_tells_what_is_not_named_so(tmp_path: Path) -> None:
+    root = tmp_path / "deep/er/still"
+    for name in ("V_YOYO_G01_C01.AVI", "v_YoYo_g02_c01.avi", "v_YoYo_g03_c01 (copy).avi", "foo.mp4"):
+        add_video(root / "UCF-101/YoYo" / Path(name).with_suffix(".mp4"))
+        (root / "UCF-101/YoYo" / Path(name).with_suffix(".mp4")).rename(root / "UCF-101/YoYo" / name)
+    lists = root / "lists/of/splits"
+    lists.mkdir(parents=True)
+    (lists / "trainlist01.txt").write_text("YoYo/v_YoYo_g01_c01.avi 1\nYoYo/v_YoYo_g04_c01.avi 1\n")
+    data = make(ucf101, tmp_path, "train", subset="split1")
+    assert [Path(entry.path).name for entry in data.entries] == ["V_YOYO_G01_C01.AVI"]
+    assert data.classes == ("YoYo",)
+    assert str(data.counts[0]).endswith("missing v_YoYo_g04_c01")
+    reason = "not named v_<Class>_gXX_cYY"
+    left_out = {Path(path).name: told for path, told in data.left_out.items()}
+    assert left_out == {"foo.mp4": reason, "v_YoYo_g03_c01 (copy).avi": reason}
+    with pytest.raises(ValueError, match=r"2 left out \(.*foo\.mp4: not named v_<Class>_gXX_cYY"):
+        make(ucf101, tmp_path, "train", strict=True)
+    (lists / "testlist01.txt").write_text("YoYo/v_YoYo_g01_c01.avi\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"testlist01\.txt isn't UTF-8 text"):
+        make(ucf101, tmp_path, "train")
+
+
 def test_ucf101_wants_its_names(tmp_path: Path) -> None:
     add_video(tmp_path / "holiday.mp4")
     with pytest.raises(FileNotFoundError, match=r"named v_<Class>_gXX_cYY(.|\n)*UCF101\.rar"):
