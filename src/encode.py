@@ -95,7 +95,7 @@ def encode(
     loading: dict[str, Any],
     share: "Share",
 ) -> "LatentDataset":
-    """Encodes what isn't encoded yet, and opens the result in the order of ``order_seed``.
+    """Encodes what isn't encoded yet or is damaged, and opens the result in the order of ``order_seed``.
 
     Latents number ``k · len(dataset) + i`` are of the clip that item i gets in the data set's epoch k. Items
     thereby stand in their own order, and a run that takes one clip of each meets the same videos at the same
@@ -118,15 +118,21 @@ def encode(
     metadata = metadata_of(dataset, autoencoder_folder, clips_per_video)
     sizes = {"num_clips": len(dataset) * clips_per_video, "clips_per_shard": CLIPS_PER_SHARD}
 
+    def is_complete() -> bool:
+        try:
+            return (folder / "index.json").exists() and not LatentDataset(folder, metadata, seed=0).missing()
+        except ValueError:
+            return True  # though not of what is asked for, which every process is told below
+
     def begin() -> list[int] | None:
         """The missing shards; None if the latents are complete. Asked of one process, for all to agree."""
-        if (folder / "index.json").exists():
+        if is_complete():
             return None
         writer = LatentWriter(folder, metadata, **sizes)
         writer.remove_leftovers()
         return writer.missing()
 
-    complete = share.from_first((folder / "index.json").exists)
+    complete = share.from_first(is_complete)
     if not complete:
         with writing_alone(folder) if share.rank == 0 else nullcontext():
             missing = share.from_first(begin)

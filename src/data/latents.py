@@ -58,6 +58,26 @@ def writing_alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def _check_shape(content: Any, path: Path, kinds: Mapping[str, type]) -> None:
+    """Refuses JSON that isn't a dictionary with these kinds of values; ValueError."""
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(k), kind) for k, kind in kinds.items()
+    ):
+        raise ValueError(
+            f"{path} is damaged: expected a dictionary with {', '.join(kinds)}. Delete the folder to encode anew, "
+            "or copy it again"
+        )
+
+
+def _is_whole(path: Path, num_clips: int) -> bool:
+    """Whether a shard is there with all its bytes."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool(file.get_slice("mean").get_shape()[0] == num_clips)
+    except (OSError, SafetensorError):
+        return False
+
+
 class LatentWriter:
     """Write the posteriors of ``num_clips`` clips into safetensors shards of ``clips_per_shard`` clips.
 
@@ -96,6 +116,8 @@ class LatentWriter:
             with _writing(self.folder):
                 write_json(self.folder / "started.json", started)
         else:
+            kinds = {"format": int, "metadata": dict, "clips_per_shard": int}
+            _check_shape(started, self.folder / "started.json", kinds)
             _refuse_mismatch(self.folder, {"format": started["format"]}, {"format": FORMAT})
             _refuse_mismatch(self.folder, started["metadata"], self.metadata)
         self.clips_per_shard = int(started["clips_per_shard"])
@@ -153,11 +175,7 @@ class LatentWriter:
             part.unlink(missing_ok=True)
 
     def _is_whole(self, shard: int) -> bool:
-        try:
-            with safe_open(self.folder / _shard_name(shard), framework="pt") as file:
-                return bool(file.get_slice("mean").get_shape()[0] == len(self.clips_of(shard)))
-        except (OSError, SafetensorError):
-            return False
+        return _is_whole(self.folder / _shard_name(shard), len(self.clips_of(shard)))
 
 
 def _shard_name(number: int) -> str:
@@ -172,7 +190,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
     epoch). Shards are opened when they are first read, in each process its own.
 
     ``expected`` is what the latents must be of. Raises FileNotFoundError if the folder holds none or isn't
-    finished, ValueError if they are of something else.
+    finished, ValueError if they are of something else, and where a damaged shard is read.
     """
 
     def __init__(self, folder: str | Path, expected: Metadata, *, seed: int) -> None:
@@ -185,7 +203,9 @@ class LatentDataset(Dataset[dict[str, Any]]):
                 f"the latents in {self.folder} {state} (no index.json). Encode them:\n"
                 "    python -m src.encode +experiment=NAME\nThe same command goes on where it stopped."
             )
-        _refuse_mismatch(self.folder, {"format": index.get("format")}, {"format": FORMAT})
+        kinds = {"format": int, "metadata": dict, "shards": list}
+        _check_shape(index, self.folder / "index.json", kinds)
+        _refuse_mismatch(self.folder, {"format": index["format"]}, {"format": FORMAT})
         _refuse_mismatch(self.folder, index["metadata"], expected)
         self.metadata: dict[str, Any] = index["metadata"]
         self.seed = seed
@@ -205,6 +225,11 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return self._clip(self._order.item(position)) | {"position": position}
+
+    def missing(self) -> list[int]:
+        """The shards that aren't there any more, or not whole."""
+        counts = [end - begin for begin, end in pairwise(self._begins)]
+        return [k for k, count in enumerate(counts) if not _is_whole(self.folder / _shard_name(k), count)]
 
     def describe(self, position: int) -> str:
         """Name the clip at a position, for messages."""
@@ -236,9 +261,20 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def _shard(self, number: int) -> dict[str, Tensor]:
         """The tensors of a shard, which lie in the file: only what is read of them comes into memory."""
         if number not in self._open:
-            # Whole tensors that are indexed here: each slice that safetensors is asked for leaks some bytes.
-            with safe_open(self.folder / _shard_name(number), framework="pt") as file:
-                self._open[number] = {name: file.get_tensor(name) for name in ("mean", "std", "label")}
+            path = self.folder / _shard_name(number)
+            num_clips = self._begins[number + 1] - self._begins[number]
+            try:
+                # Whole tensors that are indexed here: each slice that safetensors is asked for leaks some bytes.
+                with safe_open(path, framework="pt") as file:
+                    tensors = {name: file.get_tensor(name) for name in ("mean", "std", "label")}
+                if {len(tensor) for tensor in tensors.values()} != {num_clips}:
+                    raise ValueError(f"it is not of {num_clips} clips")
+            except (OSError, SafetensorError, ValueError) as error:
+                raise ValueError(
+                    f"the latents in {path} can't be read ({error}). Encode again, which makes what is missing "
+                    "or damaged and leaves the rest:\n    python -m src.encode +experiment=NAME"
+                ) from error
+            self._open[number] = tensors
         return self._open[number]
 
     def _clip(self, index: int) -> dict[str, Any]:

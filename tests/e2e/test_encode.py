@@ -102,6 +102,16 @@ def test_each_latent_is_its_clips_posterior_normalised(home: Path, tmp_path: Pat
     assert len(seen) > 12, "the clips of one video start and flip differently"
 
 
+@pytest.mark.parametrize("damage", ["deleted", "truncated"])
+def test_what_was_damaged_after_the_end_is_made_again(home: Path, tmp_path: Path, damage: str) -> None:
+    encoded(home, tmp_path)
+    before = content(tmp_path)
+    (shard,) = tmp_path.glob("*.safetensors")
+    shard.unlink() if damage == "deleted" else shard.write_bytes(shard.read_bytes()[:-1])
+    encoded(home, tmp_path)
+    assert content(tmp_path) == before
+
+
 def test_the_bytes_dont_depend_on_who_loads_the_clips(home: Path, tmp_path: Path) -> None:
     encoded(home, tmp_path / "here")
     encoded(home, tmp_path / "workers", loading=IN_THIS_PROCESS | {"num_workers": 2})

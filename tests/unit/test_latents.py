@@ -183,6 +183,41 @@ def test_latents_of_another_format_or_of_nobody_knows_what_are_refused(
         LatentWriter(tmp_path, METADATA, num_clips=23, clips_per_shard=10)
 
 
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "shorter"])
+def test_a_damaged_shard_says_how_to_make_it_again(tmp_path: Path, damage: str) -> None:
+    write(tmp_path)
+    shard = tmp_path / "00001.safetensors"
+    if damage == "deleted":
+        shard.unlink()
+    elif damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        shard.write_bytes((tmp_path / "00002.safetensors").read_bytes())
+    data = LatentDataset(tmp_path, METADATA, seed=0)
+    assert data.missing() == [1]
+    data.held_out(3)
+    message = r"latents in .*00001\.safetensors can't be read \((.|\n)*python -m src\.encode"
+    with pytest.raises(ValueError, match=message):
+        data.held_out(12)
+    with pytest.raises(ValueError, match=message):
+        data.on_device("cpu")
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"format": 2}', '{"format": 2, "metadata": [], "shards": 1}'])
+def test_an_index_of_another_shape_is_refused(tmp_path: Path, content: str) -> None:
+    write(tmp_path)
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"index\.json is damaged: expected a dictionary with format, metadata"
+    ):
+        LatentDataset(tmp_path, METADATA, seed=0)
+    (tmp_path / "started.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"started\.json is damaged: expected a dictionary with format, meta"
+    ):
+        LatentWriter(tmp_path, METADATA, num_clips=23, clips_per_shard=10)
+
+
 def test_what_is_no_latents_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="are not there"):
         LatentDataset(tmp_path / "nowhere", METADATA, seed=0)

@@ -429,7 +429,7 @@ def test_odd_files_are_read_right_or_refused_by_name(shared: Shared) -> None:
     assert refused == NOT_VIDEOS & {path.name for path in files}
 
 
-# What differs between versions of FFmpeg: how damage is concealed (so only the count is compared), and whether
+# What differs between versions of FFmpeg: how damage is concealed (so only the count is compared), and if
 # its tool heeds unasked where a file says that its chroma lies, and that it is interlaced (so it is told).
 CONCEALED = {"bitflips_archery.avi"}
 TOLD = {
