@@ -44,6 +44,8 @@ def prepare_dataset(cfg: DictConfig) -> None:
     from .data.shards import write_shards
     from .data.storage import atomic_path, cache_home
 
+    if cfg.index and Path(cfg.index).is_dir():
+        raise ConfigError(f"index={cfg.index} is a folder; give the name of a file, as index=videos.csv")
     datasets = {split: build(cfg.dataset, split=split, seed=0) for split in ("train", "test")}
     whole = build(cfg.dataset, split="all", seed=0, cache=None)
     for split, dataset in datasets.items():

@@ -715,11 +715,21 @@ class ClipDataset(Dataset[dict[str, Any]]):
         counts = [self.sampling.num_ticks(entry) for entry in entries]
         offsets = list(accumulate(counts, initial=0))
         num_bytes = offsets.pop() * height * width * 3
-        with exclusive(folder / f".{stem}.lock"):
-            told = read_json(index)
-            if told is None or not pixels.is_file() or pixels.stat().st_size != num_bytes:
-                told = self._fill_cache(pixels, entries, offsets, num_bytes)
-                write_json(index, told)
+        try:
+            with exclusive(folder / f".{stem}.lock") as is_held:
+                if is_held:  # what a process that was killed had begun
+                    for leftover in folder.glob(f".{pixels.name}.*.part"):
+                        leftover.unlink(missing_ok=True)
+                told = read_json(index)
+                whole = pixels.is_file() and pixels.stat().st_size == num_bytes
+                if not whole or not isinstance(told, dict) or "broken" not in told:
+                    told = self._fill_cache(pixels, entries, offsets, num_bytes)
+                    write_json(index, told)
+        except OSError as error:
+            raise OSError(
+                f"can't keep the cache of {self.name} in {folder}: {error}. Use another folder: "
+                "dataset.cache=PATH, or none: dataset.cache=null"
+            ) from error
         for path, reason in told["broken"].items():
             self._note_broken(VideoError(path, reason))
         self._cache_file = pixels
@@ -734,8 +744,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         free = shutil.disk_usage(pixels.parent).free
         if num_bytes > free:
             raise OSError(
-                f"the cache of {self.name} needs {num_bytes / 1e6:,.0f} MB, and {pixels.parent} has "
-                f"{free / 1e6:,.0f} MB free. Use another: dataset.cache=PATH, or none: dataset.cache=null"
+                f"it needs {num_bytes / 1e6:,.0f} MB, and {pixels.parent} has {free / 1e6:,.0f} MB free"
             )
         frame_bytes = self.resolution[0] * self.resolution[1] * 3
         part = pixels.with_name(f".{pixels.name}.{os.getpid()}.part")
@@ -768,8 +777,6 @@ class ClipDataset(Dataset[dict[str, Any]]):
             description = f"caching videos at {self.resolution[0]}x{self.resolution[1]}"
             broken = [error for error in in_parallel(decode, jobs, description) if error is not None]
             os.replace(part, pixels)
-        except OSError as error:
-            raise OSError(f"can't write the cache of {self.name} to {pixels}: {error}") from error
         finally:
             os.close(file)
             part.unlink(missing_ok=True)

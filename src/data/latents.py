@@ -64,8 +64,8 @@ def _check_shape(content: Any, path: Path, kinds: Mapping[str, type]) -> None:
         isinstance(content.get(k), kind) for k, kind in kinds.items()
     ):
         raise ValueError(
-            f"{path} is damaged: expected a dictionary with {', '.join(kinds)}. Delete the folder to encode anew, "
-            "or copy it again"
+            f"{path} is damaged: expected a dictionary with {', '.join(kinds)}. Copy it again, or delete the "
+            "folder to encode anew"
         )
 
 
@@ -264,15 +264,15 @@ class LatentDataset(Dataset[dict[str, Any]]):
             path = self.folder / _shard_name(number)
             num_clips = self._begins[number + 1] - self._begins[number]
             try:
-                # Whole tensors that are indexed here: each slice that safetensors is asked for leaks some bytes.
+                # Whole tensors that are indexed here: each slice that is asked for leaks some bytes.
                 with safe_open(path, framework="pt") as file:
                     tensors = {name: file.get_tensor(name) for name in ("mean", "std", "label")}
                 if {len(tensor) for tensor in tensors.values()} != {num_clips}:
                     raise ValueError(f"it is not of {num_clips} clips")
             except (OSError, SafetensorError, ValueError) as error:
                 raise ValueError(
-                    f"the latents in {path} can't be read ({error}). Encode again, which makes what is missing "
-                    "or damaged and leaves the rest:\n    python -m src.encode +experiment=NAME"
+                    f"the latents in {path} can't be read ({error}). Encode again, which makes what is "
+                    "missing or damaged and leaves the rest:\n    python -m src.encode +experiment=NAME"
                 ) from error
             self._open[number] = tensors
         return self._open[number]

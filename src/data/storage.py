@@ -206,14 +206,19 @@ def held(path: Path, busy: str) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path``; other processes of this machine that want it wait."""
+def exclusive(path: Path) -> Iterator[bool]:
+    """Hold the lock file ``path``; other processes of this machine that want it wait.
+
+    Gives whether it is held: some network file systems know no locks. Then the work may be done twice, which
+    does no harm.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
+        is_held = False
         if sys.platform != "win32":
             import fcntl
 
-            # Some network file systems know no locks; then the work may be done twice, which does no harm.
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+                is_held = True
+        yield is_held

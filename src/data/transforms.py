@@ -1,5 +1,6 @@
 """Frames (uint8, as files hold them) to video (float, as networks see it), and back."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -36,10 +37,16 @@ def to_frames(video: Tensor) -> Frames:
 
 def as_size(resolution: Any) -> tuple[int, int]:
     """Read a resolution, one number for a square or (height, width), in pixels."""
-    height, width = (resolution, resolution) if isinstance(resolution, int) else tuple(resolution)
+    sizes = (resolution, resolution) if isinstance(resolution, int) else resolution
+    try:
+        height, width = map(operator.index, sizes)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"dataset.resolution must be one whole number of pixels or [height,width], got {resolution}"
+        ) from None
     if min(height, width) < 1:
         raise ValueError(f"a resolution must be at least 1 pixel, got {resolution}")
-    return int(height), int(width)
+    return height, width
 
 
 class Resize:

@@ -107,5 +107,7 @@ def test_a_second_look_touches_only_what_has_changed(
     packed = ["dataset=shards", f"dataset.root={tmp_path}/shards", f"index={tmp_path}/packed.csv"]
     assert fingerprints[2].split(")")[0] in verb(tmp_path, "prepare", *packed).stdout
     assert (tmp_path / "packed.csv").read_text() == (tmp_path / "index.csv").read_text()
+    refused = verb(tmp_path, "prepare", *packed, f"index={tmp_path}", check=False)
+    assert refused.returncode == 2 and f"index={tmp_path} is a folder" in refused.stderr
     refused = verb(tmp_path, "prepare", *packed, f"shards={tmp_path}/again", check=False)
     assert refused.returncode == 2 and "lies in shards already" in refused.stderr

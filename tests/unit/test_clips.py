@@ -422,6 +422,26 @@ def test_the_cache_refuses_a_disk_without_room(
         dataset(root, cache=tmp_path / "cache", resolution=64)
 
 
+def test_what_a_killed_process_left_of_a_cache_is_removed(root: Path, tmp_path: Path) -> None:
+    """Of this cache; another one may be in the making."""
+    cache = tmp_path / "cache"
+    dataset(root, cache=cache)
+    (pixels,) = cache.glob("*.uint8")
+    leftover, other = (cache / f".{name}.123.part" for name in (pixels.name, "other.uint8"))
+    for begun in (leftover, other):
+        begun.touch()
+        os.truncate(begun, 1 << 40)  # sparse, as they are
+    dataset(root, cache=cache)
+    assert not leftover.exists() and other.exists()
+
+
+def test_a_cache_that_cannot_be_kept_is_one_clear_error(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file/below", Path("/proc/nothing")):
+        with pytest.raises(OSError, match=rf"can't keep the cache of test videos in {folder}: .*cache=null"):
+            dataset(root, cache=folder)
+
+
 def test_a_cached_data_set_travels_to_workers(root: Path, tmp_path: Path) -> None:
     data = dataset(root, cache=tmp_path / "cache")
     expected = [data[position]["frames"] for position in range(8)]

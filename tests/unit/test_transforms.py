@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from src.data.transforms import Resize, to_frames, to_video
+from src.data.transforms import Resize, as_size, to_frames, to_video
 
 
 def test_every_level_survives_the_round_trip() -> None:
@@ -20,6 +20,15 @@ def test_axes_are_renamed_not_mixed() -> None:
         assert video[b, c, t, h, w].item() == pytest.approx(int(frames[b, t, h, w, c]) / 127.5 - 1, abs=1e-6)
     assert video.is_contiguous(memory_format=torch.channels_last_3d)
     np.testing.assert_array_equal(to_frames(video[1]), frames[1])
+
+
+def test_a_resolution_is_one_number_or_two() -> None:
+    assert as_size(32) == as_size([32, 32]) == (32, 32) and as_size((24, 32)) == (24, 32)
+    for wrong in (["a", "b"], 32.5, [32], [32, 32, 32], "32", None, [32, 1.5]):
+        with pytest.raises(ValueError, match=r"one whole number of pixels or \[height,width\], got"):
+            as_size(wrong)
+    with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
+        as_size(0)
 
 
 def test_to_frames_rounds_and_clamps() -> None:
