@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
@@ -42,6 +43,19 @@ def require_videos(
             return names
         reason = f"the folder {root} holds no videos"
     raise FileNotFoundError(f"no {title}: {reason}.\n{hint}")
+
+
+def left_outside(root: str, names: Sequence[str], parts: Sequence[str]) -> dict[str, str]:
+    """Tell of videos that are left out because they lie outside of a data set's parts.
+
+    What lies right under the root stands for all below it.
+    """
+    told = {}
+    for name, count in Counter(name.split("/", 1)[0] for name in names).items():
+        path = Path(root, name)
+        held = f" with {count:,} video{'s' if count > 1 else ''}" if path.is_dir() else ""
+        told[str(path)] = f"outside of the folders {' and '.join(parts)}{held}"
+    return told
 
 
 def split_by_name(names: list[str], test_fraction: float, split: str) -> list[str]:
@@ -85,11 +99,8 @@ def folder(
 
     has_splits = {"train", "test"} <= {split_of(name) for name in names}
     if has_splits:
-        outside = Counter(name.split("/", 1)[0] for name in names if split_of(name) not in ("train", "test"))
-        for name, count in outside.items():
-            path = Path(str(root), name)
-            held = f" with {count:,} video{'s' if count > 1 else ''}" if path.is_dir() else ""
-            left_out[str(path)] = f"outside of the folders train and test{held}"
+        outside = [name for name in names if split_of(name) not in ("train", "test")]
+        left_out |= left_outside(str(root), outside, ("train", "test"))
         names = [name for name in names if split_of(name) in ("train", "test")]
     # The classes are those of the whole folder, so that a label means the same in every split.
     found = find_videos(

@@ -308,26 +308,30 @@ def _index_of_others(root: Path) -> dict[str, Any]:
     index: dict[str, Any] = {"format": FORMAT, "probed": INDEX_FORMAT, "title": root.name, "complete": True}
     told = read_json(kept)
     known: dict[str, dict[str, Any]] = {}
+    urls = [path.relative_to(root).as_posix() for path in archives]
     if isinstance(told, dict) and (told.get("format"), told.get("probed")) == (FORMAT, INDEX_FORMAT):
-        known = {shard["url"]: shard for shard in told["shards"]}
-    shards: list[dict[str, Any]] = []
+        known = {shard["url"]: shard for shard in told["shards"] if shard["url"] in set(urls)}
     fresh = 0
     next_save = time.monotonic() + SECONDS_BETWEEN_SAVES
-    for path in tqdm(archives, "indexing shards", unit="shard", delay=1, leave=False):
-        url = path.relative_to(root).as_posix()
-        stamp = stamp_of(path)
-        shard = known.get(url)
-        if shard is None or shard["stamp"] != stamp:
-            shard = _index_one(path, url) | {"stamp": stamp}
+
+    def save() -> None:
+        write_json(kept, index | {"shards": list(known.values())})
+
+    try:
+        for url in tqdm(urls, "indexing shards", unit="shard", delay=1, leave=False):
+            stamp = stamp_of(root / url)
+            if url in known and known[url]["stamp"] == stamp:
+                continue
+            known[url] = _index_one(root / url, url) | {"stamp": stamp}
             fresh += 1
-        shards.append(shard)
-        if fresh and time.monotonic() > next_save:  # so that an interrupted start goes on from here
-            begin = time.monotonic()
-            write_json(kept, index | {"shards": shards})
-            spent = time.monotonic() - begin
-            next_save = begin + max(SECONDS_BETWEEN_SAVES, 20 * spent)
-    if fresh or len(shards) != len(known):
-        write_json(kept, index | {"shards": shards})
+            if time.monotonic() > next_save:
+                begin = time.monotonic()
+                save()
+                next_save = begin + max(SECONDS_BETWEEN_SAVES, 20 * (time.monotonic() - begin))
+    finally:  # an interrupted start goes on from here
+        if fresh:
+            save()
+    shards = [known[url] for url in urls]
     videos = [video for shard in shards for video in shard["videos"]]
     # Numbers in their order, then words: of a class that is told by a number the name is that number.
     classes = sorted({str(video["class"]) for video in videos if video["class"] is not None}, key=_by_number)

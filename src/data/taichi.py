@@ -5,7 +5,7 @@ from typing import Unpack
 
 from .clips import ClipDataset, ClipOptions, find_videos
 from .counts import Count
-from .folder import check_split, require_videos
+from .folder import check_split, left_outside, require_videos
 
 SUBSETS = ("all", "split")
 
@@ -40,6 +40,8 @@ def taichi(
     names = require_videos(root, "Taichi-HD", HINT, left_out)
     parts = ("train", "test") if "all" in (subset, split) else (split,)
     chosen = [name for name in names if set(parts) & set(name.split("/")[:-1])]
+    outside = [name for name in names if not set(SIZES) & set(name.split("/")[:-1])]
+    left_out |= left_outside(str(root), outside, tuple(SIZES))
     if not chosen:
         raise FileNotFoundError(
             f"no Taichi-HD: {root} holds {len(names)} videos, but none in {' or '.join(parts)}.\n{HINT}"

@@ -328,6 +328,12 @@ def test_sky_as_frames_or_files(tmp_path: Path) -> None:
     assert len(train) == 3 and len(test) == 1 and train.classes == ()
     assert {entry.label for entry in train.entries} == {-1} and train[0]["label"] == -1
     assert len(make(sky, tmp_path, "train", subset="all")) == len(make(sky, tmp_path, "all")) == 4
+    add_video(tmp_path / "more" / "video4.mp4")
+    add_video(tmp_path / "more" / "video5.mp4")
+    told = {str(tmp_path / "more"): "outside of the folders sky_train and sky_test with 2 videos"}
+    assert make(sky, tmp_path, "train").left_out == make(sky, tmp_path, "all").left_out == told
+    (tmp_path / "more" / "video5.mp4").unlink()
+    (tmp_path / "more" / "video4.mp4").unlink()
     (tmp_path / "sky_test").rename(tmp_path / "other")
     with pytest.raises(
         FileNotFoundError, match=r"holds 4 videos, but none in sky_test(.|\n)*sky_timelapse\.zip"
