@@ -87,7 +87,7 @@ def reference_frames(path: Path, wanted: set[int]) -> tuple[int, dict[int, Frame
                 continue
             for frame in frames:
                 if count in wanted:
-                    found[count] = frame.to_ndarray(format="rgb24")
+                    found[count] = frame.to_ndarray(format="rgb24", interpolation="BICUBIC")  # as ffmpeg
                 count += 1
     return count, found
 
