@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def cd_fvd(clips: np.ndarray[Any, np.dtype[np.uint8]], folder: Path) -> dict[str
         parts = [clips[i : i + batch] for i in range(0, len(clips), batch)]
         return torch.cat([network(preprocess_i3d(part)) for part in parts])
 
-    return {f"batches of {batch}": lambda batch=batch: features(batch) for batch in (1, 2)}
+    return {f"batches of {batch}": partial(features, batch) for batch in (1, 2)}
 
 
 def floor(clips: np.ndarray[Any, np.dtype[np.uint8]], folder: Path) -> dict[str, Callable[[], Tensor]]:
@@ -341,7 +342,9 @@ def distances(options: argparse.Namespace) -> dict[str, Any]:
         env=os.environ | {"OMP_NUM_THREADS": str(options.threads)},
         check=False,
     )
-    answer = json.loads(told.stdout.splitlines()[-1]) if told.stdout else {"missing": told.stderr[-200:]}
+    answer: dict[str, Any] = (
+        json.loads(told.stdout.splitlines()[-1]) if told.stdout else {"missing": told.stderr[-200:]}
+    )
     if "missing" in answer:
         print(f"cd-fvd's distance is left out: {answer['missing']}")
     else:
