@@ -79,7 +79,7 @@ def test_a_layout_is_prepared_trained_encoded_and_measured(
     scores = json.loads((tmp_path / "runs/tiny/evaluation.json").read_text())
     record = yaml.safe_load((tmp_path / "runs/tiny/model/config.yaml").read_text())["data"]
     assert record["target_fps"] == (20 if rate else None)  # which the evaluation follows
-    assert scores["dataset_fingerprint"] == record["fingerprint"] and not any(
+    assert scores["comparison"]["fingerprint"] == record["fingerprint"] and not any(
         "differs" in note for note in scores["notes"]
     )
     assert scores["metrics"]["contrast_real"] > 0
