@@ -267,6 +267,12 @@ def test_asked_to_stop_while_measuring_it_saves_at_once_and_measures_again(
     assert time.monotonic() - began < 20
     assert checkpoint.list_states(tmp_path / "a/state")[-1].name == "step_000000006"
     assert exports == [("model_best", 3)], "what was given up left no trace"
+    if where != "step":  # and asked once more, as it measures again
+        again = Measuring(where)
+        again.step = 6
+        with pytest.raises(Interrupted, match="stopped by SIGTERM after step 6 of 12"):
+            run(tmp_path / "a", clips(), stage=again, export=noted, **settings)
+        assert exports == [("model_best", 3)]
     resumed = run(tmp_path / "a", clips(), stage=Measuring("nowhere"), export=noted, **settings)
     assert weight_of(resumed) == weight_of(straight)
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
@@ -542,6 +548,8 @@ def test_nothing_is_measured_or_kept_of_weights_that_arent_finite(tmp_path: Path
 
     with pytest.raises(NonFiniteError, match="on held-out clips weight became nan after step 3"):
         run(tmp_path / "other", clips(), stage=Broken(), evaluate_every=3, best_metric="weight")
+    with pytest.raises(NonFiniteError, match=r"remove .*step_000000003 to go on from the state before it"):
+        run(tmp_path / "saved", clips(), stage=Broken(), evaluate_every=3, save_every=3)
     assert all("NaN" not in line for line in (tmp_path / "other/metrics.jsonl").read_text().splitlines())
 
 
