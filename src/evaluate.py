@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .data.clips import ClipDataset
+    from .data.transforms import Resize
     from .evaluation.checking import NearestClips
     from .evaluation.comparing import Following, Videos
     from .evaluation.measuring import ClipSet
@@ -65,12 +66,12 @@ def main(cfg: DictConfig) -> None:
     with share.first_alone():
         real = build(node, split=protocol.split, seed=0)
         training = real if protocol.split == "train" else build(node, split="train", seed=0)
-        held_out = build(node, split="test", seed=0)
+        held_out = held_out_part(node)
         given = None if cfg.videos is None else videos_given(cfg.videos, protocol, real)
     made_by: dict[str, Any]
     if model is not None:
         made_by = recipe(cfg, share.from_first(lambda: fingerprint(Path(cfg.model)))) | {"step": model.step}
-        generated = sampled(cfg, model, made_by, protocol, node["num_frames"])
+        generated = sampled(cfg, model, made_by, following_clips(protocol, real))
     else:
         assert given is not None
         made_by = {"content": share.from_first(lambda: given.fingerprint), "summary": given.summary()}
@@ -103,8 +104,8 @@ def check_request(cfg: DictConfig) -> None:
         )
     if cfg.compare_untrained and cfg.model is None:
         raise ConfigError("compare_untrained=true needs model=FOLDER, there is no network behind videos=PATH")
-    for name, least in (("num_replicates", 0), ("num_reconstructed", 1)):
-        if cfg[name] < least:
+    for name, least in (("num_replicates", 0), ("num_reconstructed", 0), ("num_candidates", 1)):
+        if cfg[name] is not None and cfg[name] < least:
             raise ConfigError(f"{name} must be at least {least}, got {cfg[name]}")
 
 
@@ -112,7 +113,7 @@ def measure(
     cfg: DictConfig,
     following: "Following",
     training: "ClipDataset",
-    held_out: "ClipDataset",
+    held_out: "ClipDataset | None",
     model: "DiffusionModel | None",
     given: "Videos | None",
     made_by: dict[str, Any],
@@ -132,7 +133,7 @@ def measure(
     if cfg.compare_untrained:
         untrained = load_diffusion(cfg.model, trained=False).to(following.measuring.device)
         initial = made_by | {"untrained": True}
-        clips = sampled(cfg, untrained, initial, protocol, following.real.num_frames)
+        clips = sampled(cfg, untrained, initial, following_clips(protocol, following.real))
         others["untrained"] = following.rows_of(clips(protocol.seeds[0], following.num_generated))
         if extractor is not None:
             told = distances(real["features"], others["untrained"]["features"], protocol)
@@ -143,7 +144,7 @@ def measure(
     drift = None
     if given is not None and cfg.num_positions > 1:
         drift = following.drift(given, made_by["content"], cfg.num_positions)
-    if model is not None:
+    if model is not None and held_out is not None and cfg.num_reconstructed:
         metrics |= reconstruction(
             model.autoencoder,
             made_by["weights_sha256"],
@@ -154,7 +155,10 @@ def measure(
             perceptual,
         )
     shown = {"real": real["shown"], "generated": others["generated"]["shown"], "nearest": copies.frames}
-    return Measured(metrics, result.uncertainty, shown, copies, drift, notes_on(following, model, given))
+    notes = notes_on(following, model, given)
+    if copies.of_held_out is None:
+        notes.append("no videos are held out from training: nothing stands beside the nearest clips")
+    return Measured(metrics, result.uncertainty, shown, copies, drift, notes)
 
 
 def notes_on(following: "Following", model: "DiffusionModel | None", given: "Videos | None") -> list[str]:
@@ -235,6 +239,8 @@ def clip_geometry(
                 f"{node['_target_']} can't be read at a rate; give dataset.frame_stride"
             )
         node["fps"] = record.target_fps
+    if record is None and node.get("frame_stride") is None:
+        node["frame_stride"] = 1  # videos that were made before are taken frame by frame, too
     for fact in CLIP_FACTS:
         if node.get(fact) is None:
             if record is None:
@@ -250,28 +256,40 @@ def clip_geometry(
     return {str(key): value for key, value in node.items()}
 
 
+def held_out_part(node: dict[str, Any]) -> "ClipDataset | None":
+    """The test split; None if it holds no clip."""
+    try:
+        dataset: ClipDataset = build(node, split="test", seed=0)
+    except (ValueError, FileNotFoundError):
+        return None
+    return dataset
+
+
 def output_path(cfg: DictConfig) -> Path:
     """Where the result goes: beside the model folder, or beside the given videos.
 
     Raises:
         ConfigError: if it would be taken for one of the given videos the next time.
     """
-    if cfg.videos is None:
-        return Path(cfg.output) if cfg.output else Path(cfg.model).parent / "evaluation.json"
-    several = isinstance(cfg.videos, ListConfig) or "*" in cfg.videos
-    if several and cfg.output is None:
+    several = isinstance(cfg.videos, ListConfig) or (cfg.videos is not None and "*" in cfg.videos)
+    if cfg.output:
+        output = Path(cfg.output)
+    elif cfg.videos is None:
+        output = Path(cfg.model).parent / "evaluation.json"
+    elif several:
         raise ConfigError("several videos lie in no one place; give output=FILE.json")
-    if several:
-        return Path(cfg.output)
-    source = Path(cfg.videos)
-    if cfg.output is None:
-        return source.with_name(f"{source.name}_evaluation") / "evaluation.json"
-    output = Path(cfg.output)
-    if source.resolve() in output.resolve().parents:
-        raise ConfigError(
-            f"output={output} lies inside videos={source}, where its videos would be taken for samples the "
-            "next time; choose another folder"
-        )
+    else:
+        source = Path(cfg.videos).resolve()
+        output = source.with_name(f"{source.name}_evaluation") / "evaluation.json"
+    given = list(cfg.videos) if isinstance(cfg.videos, ListConfig) else [cfg.videos]
+    read = [("videos", name.partition("*")[0] if "*" in name else name) for name in given if name]
+    read += [("dataset.root", cfg.dataset.get("root"))]
+    for option, name in read:
+        if name and Path(name).resolve() in (output.resolve(), *output.resolve().parents):
+            raise ConfigError(
+                f"the result would lie at {output}, inside {option}={name}, where its videos would be read "
+                "the next time; choose another place: output=FILE.json"
+            )
     return output
 
 
@@ -317,7 +335,8 @@ def from_files(videos: "Videos", content: str, protocol: "Protocol") -> "Callabl
     def clips(seed: int, count: int) -> "ClipSet":
         items = list(range(len(videos)))
         if len(videos) > count:
-            items = order_of_videos([-1] * len(videos), "shuffled", seed)[:count]
+            # In the order of the files, which may be slow to go back in.
+            items = sorted(order_of_videos([-1] * len(videos), "shuffled", seed)[:count])
         return chosen_clips(videos, items, protocol.generated_clip, seed, "generated", content)
 
     return clips
@@ -330,17 +349,32 @@ def recipe(cfg: DictConfig, weights: str) -> dict[str, Any]:
     return {"weights_sha256": weights} | {key: plain[key] for key in decisive}
 
 
+@dataclass(frozen=True)
+class WantedClips:
+    """What a sample is made into: so many frames, so far apart, of one size."""
+
+    num_frames: int
+    stride: int
+    resize: "Resize"
+
+
+def following_clips(protocol: "Protocol", real: "ClipDataset") -> WantedClips:
+    """Clips of the generated side, like the real ones."""
+    return WantedClips(real.num_frames, protocol.generated_stride, real.resize)
+
+
 def sampled(
     cfg: DictConfig,
     model: "DiffusionModel",
     made_by: dict[str, Any],
-    protocol: "Protocol",
-    num_frames: int,
+    wanted: "WantedClips",
 ) -> "Callable[[int, int], ClipSet]":
     """Samples of a model as the generated side, rounded to 8 bits as a file would hold them.
 
-    Sample n of the protocol's seed s, N in all, has the seed ``first_seed + s N + n``.
+    They are brought to the size of the real clips, as files are. Sample n of the protocol's seed s, N in all,
+    has the seed ``first_seed + s N + n``.
     """
+    import numpy as np
     import torch
 
     from .data.transforms import to_frames
@@ -354,10 +388,10 @@ def sampled(
     generator = model.generator(build(cfg.sampler), guidance_scale=scale, noise_level=cfg.noise_level)
     if machine.compile:
         compile_in_place(generator.networks())
-    span = (num_frames - 1) * protocol.generated_stride + 1
+    span = (wanted.num_frames - 1) * wanted.stride + 1
     if span > model.data.num_frames:
         raise ConfigError(
-            f"{num_frames} frames {protocol.generated_stride} apart are more than the model's "
+            f"{wanted.num_frames} frames {wanted.stride} apart are more than the model's "
             f"{model.data.num_frames}; use a smaller protocol.generated_stride"
         )
 
@@ -367,10 +401,13 @@ def sampled(
         def frames(numbers: list[int]) -> "Tensor":
             seeds = [begin + number for number in numbers]
             video = generator.decode(generator.sample_window(seeds, labels_of(model, seeds, None)))
-            kept = require_finite(video.cpu())[:, :, : span : protocol.generated_stride]
-            return torch.from_numpy(to_frames(kept))
+            kept = to_frames(require_finite(video.cpu())[:, :, : span : wanted.stride])
+            if kept.shape[2:4] != (wanted.resize.height, wanted.resize.width):
+                kept = np.stack([[wanted.resize(frame) for frame in clip] for clip in kept])
+            return torch.from_numpy(kept)
 
-        key = made_by | {"set": "samples", "begin": begin, "frames": [span, protocol.generated_stride]}
+        size = [wanted.resize.height, wanted.resize.width, wanted.resize.mode]
+        key = made_by | {"set": "samples", "begin": begin, "frames": [span, wanted.stride], "size": size}
         return ClipSet("generated", count, frames, key)
 
     return clips
@@ -466,7 +503,10 @@ def print_result(following: "Following", measured: Measured) -> None:
             low, high = told["bootstrap"]["interval_95"]
             beside.append(f"95 % of draws within {low:.4g} … {high:.4g}")
         if "floor" in told:
-            beside.append(f"real against real {told['floor']:.4g}")
+            measured_on = told["floor_measured_on"]
+            here = [following.num_real, following.num_generated]
+            by = "" if measured_on == here else f" (extrapolated from {measured_on[0]})"
+            beside.append(f"real against real {told['floor']:.4g}{by}")
         print(f"  {name:45} {value:.4g}{'   ' if beside else ''}{'; '.join(beside)}")
     if measured.drift is not None:
         print_drift(measured.drift)

@@ -56,8 +56,12 @@ def given_videos(
         unknown = [p for p in paths if not p.is_dir() and p.suffix.lower() not in known]
         if unknown:
             raise ValueError(f"{unknown[0]} isn't a video by its name. {hint}")
-        root = os.path.commonpath([path.absolute().parent for path in paths])
-        names = [os.path.relpath(path.absolute(), root) for path in paths]
+        files = []
+        for path in paths:
+            inside = require_videos(str(path), "videos", hint) if path.is_dir() else ["."]
+            files += [path / name for name in inside]
+        root = os.path.commonpath([path.absolute().parent for path in files])
+        names = [os.path.relpath(path.absolute(), root) for path in files]
     found = find_videos(root, names=names, strict=False, class_of=lambda name: "")
     return ClipDataset(
         found.entries,

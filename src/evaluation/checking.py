@@ -13,6 +13,7 @@ from ..metrics.frechet import GaussianStatistics, frechet_distance
 from ..metrics.protocol import name_of
 from ..metrics.reconstruction import psnr, ssim, video_perceptual_distance
 from ..metrics.video_statistics import mean_pairwise_distance, nearest
+from ..metrics.weight_files import state_sha256
 from ..models.autoencoder import LatentSpace
 from .comparing import Following, chosen_clips, geometry
 from .measuring import Measuring, Rows, identity
@@ -60,7 +61,8 @@ class NearestClips:
         frames: the nearest clips of the first few samples, uint8 ``k t h w c``.
         distances: ``n``.
         num_candidates: training clips that were looked at.
-        of_held_out: distance of held-out real clips to theirs, ``m``: what is to be expected of no copies.
+        of_held_out: distance of held-out real clips to theirs, ``m``: what is to be expected of no copies;
+            None if there are none.
     """
 
     space: str
@@ -68,21 +70,21 @@ class NearestClips:
     frames: Tensor
     distances: Tensor
     num_candidates: int
-    of_held_out: Tensor
+    of_held_out: Tensor | None
 
     @property
     def metrics(self) -> dict[str, float]:
         """Means over the samples, and over held-out clips."""
-        return {
-            "nearest_training_clip": float(self.distances.mean()),
-            "nearest_training_clip_of_held_out": float(self.of_held_out.mean()),
-        }
+        told = {"nearest_training_clip": float(self.distances.mean())}
+        if self.of_held_out is not None:
+            told["nearest_training_clip_of_held_out"] = float(self.of_held_out.mean())
+        return told
 
 
 def nearest_clips(
     following: Following,
     training: ClipDataset,
-    held_out: ClipDataset,
+    held_out: ClipDataset | None,
     generated: Rows,
     num_candidates: int | None,
     num_shown: int,
@@ -92,7 +94,7 @@ def nearest_clips(
     Args:
         following: the protocol as it is followed.
         training: the training split.
-        held_out: clips that no model has seen.
+        held_out: clips that no model has seen; None if there are none.
         generated: what is kept of the samples.
         num_candidates: training videos of which a clip is looked at. None takes the training clips that were
             measured for the distances anyway, or as many as there are samples if these came from elsewhere.
@@ -115,9 +117,11 @@ def nearest_clips(
     candidates = [vectors(rows[space]) for _, rows, _ in sets]
     places = [(item, seed) for chosen, _, seed in sets for item in chosen]
     found = nearest(vectors(generated[space]), candidates)
-    spread = [number * len(held_out) // NUM_HELD_OUT for number in range(NUM_HELD_OUT)]
-    apart = chosen_clips(held_out, sorted(set(spread)), "middle", 0, "held-out", held_out.fingerprint)
-    expected = nearest(vectors(following.rows_of(apart)[space]), candidates)
+    expected = None
+    if held_out is not None and held_out.fingerprint != training.fingerprint:
+        spread = {number * len(held_out) // NUM_HELD_OUT for number in range(NUM_HELD_OUT)}
+        apart = chosen_clips(held_out, sorted(spread), "middle", 0, "held-out", held_out.fingerprint)
+        expected = nearest(vectors(following.rows_of(apart)[space]), candidates).distances[:, 0]
     rows = found.indices[:, 0].tolist()
     frames = [training.clip(places[row][0], where, places[row][1])["frames"] for row in rows[:num_shown]]
     return NearestClips(
@@ -126,7 +130,7 @@ def nearest_clips(
         frames=torch.stack(frames),
         distances=found.distances[:, 0],
         num_candidates=len(places),
-        of_held_out=expected.distances[:, 0],
+        of_held_out=expected,
     )
 
 
@@ -192,7 +196,7 @@ def reconstruction(
         "items": items,
         "geometry": geometry(clips),
         "features": identity(extractor),
-        "perceptual": None if perceptual is None else perceptual.name,
+        "perceptual": None if perceptual is None else [perceptual.name, state_sha256(perceptual)],
     }
     rows = measuring.rows("reconstruction", count, key, compute)
     metrics = {name: float(values.double().mean()) for name, values in rows.items() if "features" not in name}

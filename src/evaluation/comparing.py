@@ -20,7 +20,7 @@ from ..metrics.frechet import GaussianStatistics, frechet_distance, resampled_fr
 from ..metrics.kernel import kernel_distance, kernel_distance_subsets, resampled_kernel_distances
 from ..metrics.protocol import Comparison, Protocol
 from ..metrics.suspicions import suspicions
-from ..metrics.uncertainty import bootstrap, convert_floor, kernel_floor
+from ..metrics.uncertainty import bootstrap, extrapolated_floor, kernel_floor
 from .measuring import ClipSet, Measuring, Rows
 
 # Videos of a subset of the kernel distance over subsets (that of the KID); fewer have none.
@@ -163,6 +163,7 @@ class Following:
             fps=real.sampling.fps,
             resolution=real.resolution,
             crop=real.resize.mode,
+            short_videos=real.sampling.short_videos,
             dataset=real.name,
             fingerprint=fingerprint,
             weights=None if extractor is None else extractor.weights_sha256,
@@ -313,14 +314,27 @@ def floors(
     Args:
         real: features of the real side ``n d`` (or ``n t d``).
         others: of other real videos; None if there are none, and halves of the first stand in.
-        wanted: videos of the two sides for which the floors shall hold; see ``convert_floor``.
+        wanted: videos of the two sides for which the floors shall hold.
         protocol: of the distances.
     """
-    one, other = (real[0::2], real[1::2]) if others is None else (real, others)
-    measured = (len(one), len(other))
     both = real if others is None else torch.cat([real, others])
-    between = distances(one, other, protocol)["frechet_distance"]
-    return {
-        "frechet_distance": convert_floor(between, measured, wanted),
-        "kernel_distance": kernel_floor(both.flatten(0, -2), wanted, seed=0),
-    }, measured
+    kernel = kernel_floor(both.flatten(0, -2), wanted, seed=0)
+    if others is not None:
+        between = distances(real, others, protocol)["frechet_distance"]
+        return {"frechet_distance": between, "kernel_distance": kernel}, (len(real), len(others))
+    half = len(real) // 2
+    by_size = [
+        (size, mean_distance_of_parts(real, size, protocol)) for size in (half // 2, half) if size >= 2
+    ]
+    return {"frechet_distance": extrapolated_floor(by_size, wanted), "kernel_distance": kernel}, (half, half)
+
+
+def mean_distance_of_parts(features: Tensor, size: int, protocol: Protocol, num_draws: int = 8) -> float:
+    """The Fréchet distance of two disjoint parts of a set, ``size`` each, over some random draws."""
+    generator = torch.Generator().manual_seed(0)
+    told = []
+    for _ in range(num_draws):
+        order = torch.randperm(len(features), generator=generator)
+        one, other = features[order[:size]], features[order[size : 2 * size]]
+        told.append(distances(one, other, protocol)["frechet_distance"])
+    return statistics.fmean(told)

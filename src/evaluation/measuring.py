@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..data.storage import atomic_path, cache_home, load_tensors, save_tensors
 from ..data.transforms import to_video
 from ..metrics.drift import clip_statistics
 from ..metrics.features import FeatureExtractor
+from ..metrics.precision import full_precision
 from ..metrics.suspicions import traits
 from ..metrics.video_statistics import pixel_features
 from ..training.share import Share
@@ -52,8 +54,9 @@ class Measuring:
     """Computes rows of clips in fixed batches that the processes deal out among themselves.
 
     A batch holds the same clips whatever the number of processes, and the last one is filled up, so that
-    every number comes out the same to the last bit. Each batch is kept on the disk as soon as it is done:
-    what was interrupted goes on, and what was measured before isn't measured again.
+    every number comes out the same to the last bit. On a CPU each operation has one thread, since sums are
+    rounded differently by several; clips are measured side by side instead. Each batch is kept on the disk
+    as soon as it is done: what was interrupted goes on, and what was measured before isn't measured again.
 
     Args:
         share: the processes.
@@ -65,6 +68,10 @@ class Measuring:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.share, self.batch_size, self.device = share, batch_size, device
+        self.num_workers = 1
+        if device.type == "cpu":
+            self.num_workers = torch.get_num_threads()
+            torch.set_num_threads(1)
 
     def rows(
         self, title: str, count: int, key: Mapping[str, Any], compute: Callable[[list[int]], Rows]
@@ -130,10 +137,12 @@ class Measuring:
                 frames = through_jpeg(frames, jpeg_quality)
             # A batch of 8-bit frames takes little memory, its floats take much.
             at_once = 2 if self.device.type == "cpu" else 4
-            parts = [of_few(part) for part in frames.split(at_once)]
+            with full_precision(self.device), ThreadPoolExecutor(self.num_workers) as pool:
+                parts = list(pool.map(of_few, frames.split(at_once)))
             rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             return rows | {"shown": frames}
 
+        @torch.no_grad()
         def of_few(frames: Tensor) -> Rows:
             video = to_video(frames.to(self.device))
             rows = traits(frames) | {"pixels": pixel_features(video)} | clip_statistics(video)

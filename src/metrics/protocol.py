@@ -76,7 +76,8 @@ class Protocol:
     resample_generated: bool
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seeds", tuple(self.seeds))
+        seeds = self.seeds if isinstance(self.seeds, list | tuple) else [self.seeds]
+        object.__setattr__(self, "seeds", tuple(seeds))
         for field in ("num_real", "num_generated"):
             if (number := getattr(self, field)) is not None and number < 2:
                 raise ValueError(f"protocol.{field} must be at least 2, got {number}")
@@ -85,9 +86,10 @@ class Protocol:
                 raise ValueError(f"protocol.{field} must be at least 1, got {number}")
         if self.jpeg_quality is not None and not 1 <= self.jpeg_quality <= 100:
             raise ValueError(f"protocol.jpeg_quality must be 1 to 100 or null, got {self.jpeg_quality}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+        whole = all(isinstance(seed, int) and not isinstance(seed, bool) for seed in self.seeds)
+        if not (self.seeds and whole) or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(
-                f"protocol.seeds must be different numbers from 0, one or more, got {list(self.seeds)}"
+                f"protocol.seeds must be different whole numbers from 0, one or more, got {list(self.seeds)}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,6 +114,7 @@ class Comparison:
         fps: the rate that real videos were read at; None for their own.
         resolution: height and width of the videos that are compared.
         crop: how real frames reach it.
+        short_videos: what becomes of real videos that are shorter than a clip.
         dataset: name of the data set.
         fingerprint: of its content.
         weights: checksum of the feature extractor's; None without one.
@@ -125,6 +128,7 @@ class Comparison:
     fps: float | None
     resolution: tuple[int, int]
     crop: str
+    short_videos: str
     dataset: str
     fingerprint: str
     weights: str | None

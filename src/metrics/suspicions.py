@@ -11,15 +11,17 @@ from torch import Tensor
 
 # A share of videos that can't be chance, and a share of pixels that real videos never have.
 _MOST, _FEW = 0.95, 0.01
+# Black, mapped from [0, 1] as if from [-1, 1], is 127 or 128.
+DARK = 120
 _MOTION_FACTOR = 2.0
 
 
 def traits(frames: Tensor) -> dict[str, Tensor]:
     """What the signs are read from, of each video: frames uint8 `b t h w c` → tensors `b *`.
 
-    `colour` is the mean of red, green, blue in [0, 255]; `dark` the share of values below the middle of the
-    range; `black` the share of zeros; `spread` the deviation within a colour; `stillness` the share of
-    neighbouring frames that are equal; `content` the first 16 bytes of a checksum, as numbers.
+    `colour` is the mean of red, green, blue in [0, 255]; `dark` the share of values clearly below the
+    middle of the range; `black` the share of zeros; `spread` the deviation within a colour; `stillness` the
+    share of neighbouring frames that are equal; `content` the first 16 bytes of a checksum, as numbers.
     """
     values = frames.float()
     colour = reduce(values, "b t h w c -> b c", "mean")
@@ -33,7 +35,7 @@ def traits(frames: Tensor) -> dict[str, Tensor]:
     content = [hashlib.sha256(video.contiguous().numpy().tobytes()).digest()[:16] for video in frames.cpu()]
     return {
         "colour": colour,
-        "dark": reduce((frames < 128).float(), "b t h w c -> b", "mean"),
+        "dark": reduce((frames < DARK).float(), "b t h w c -> b", "mean"),
         "black": reduce((frames == 0).float(), "b t h w c -> b", "mean"),
         "spread": reduce(around.square(), "b t h w c -> b", "mean").sqrt(),
         "stillness": same,
@@ -100,4 +102,4 @@ def _looks_swapped(real: Tensor, generated: Tensor) -> bool:
     ours, theirs = (colour[:, 0] - colour[:, 2] for colour in (real, generated))
     error = (ours.var() / len(ours) + theirs.var() / len(theirs)).sqrt()
     as_it_is, swapped = (ours.mean() - theirs.mean()).abs(), (ours.mean() + theirs.mean()).abs()
-    return bool(as_it_is > swapped + 4 * error and as_it_is > 4.0)
+    return bool(as_it_is > swapped + 2.5 * error and as_it_is > 4.0)

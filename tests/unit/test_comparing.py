@@ -16,6 +16,7 @@ from src.data.clips import ClipDataset
 from src.evaluation.comparing import Following, chosen_clips, clips_along, distances
 from src.evaluation.measuring import ClipSet, Measuring
 from src.metrics.protocol import Protocol
+from src.metrics.uncertainty import extrapolated_floor
 from src.training.share import Share
 from tests.composing import composed
 from tests.unit.test_measuring import MeanColour
@@ -125,14 +126,20 @@ def test_the_floor_is_that_of_other_real_videos(dataset):
     assert told["floor_measured_on"] == [8, 6] and "bootstrap" not in told
 
 
-def test_without_other_videos_halves_stand_in_and_the_law_of_numbers_converts(dataset):
+def test_without_other_videos_parts_stand_in_and_their_law_goes_on(dataset):
     followed = following(dataset, protocol(num_real=28))
     assert followed.other_items() == []
     told = followed.result(0).uncertainty["fvd_fast@28vs6"]
     real = colours(torch.stack([dataset.clip(i, "random", 0)["frames"] for i in followed.real_items(0)]))
-    halves = numpy_frechet(real[0::2], real[1::2])
+    by_size = []
+    for size in (7, 14):
+        draw, parts = torch.Generator().manual_seed(0), []
+        for _ in range(8):
+            order = torch.randperm(28, generator=draw).numpy()
+            parts.append(numpy_frechet(real[order[:size]], real[order[size : 2 * size]]))
+        by_size.append((size, float(np.mean(parts))))
     assert told["floor_measured_on"] == [14, 14]
-    assert told["floor"] == pytest.approx(halves * (1 / 28 + 1 / 6) / (1 / 14 + 1 / 14), rel=1e-5)
+    assert told["floor"] == pytest.approx(extrapolated_floor(by_size, (28, 6)), rel=1e-4)
 
 
 def test_fewer_videos_than_the_protocol_wants_are_told(dataset):

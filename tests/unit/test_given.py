@@ -1,5 +1,6 @@
 """Videos that any program has made, in whatever form they lie there."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,8 @@ def test_a_folder_a_file_a_list_and_a_pattern_are_the_same_videos(folder):
         assert len(given) == 3
         for seed in range(3):
             close(given.clip(seed, "first")["frames"], frames(seed)[0:8:2])
+    shutil.copytree(folder, folder.parent / "more")
+    assert len(given_videos([str(folder), str(folder.parent / "more")], **GEOMETRY)) == 6
     one = given_videos(str(folder / "video 2.mp4"), **GEOMETRY)
     assert len(one) == 1
     close(one.clip(0, "first")["frames"], frames(2)[0:8:2])

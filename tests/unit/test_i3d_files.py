@@ -250,7 +250,7 @@ def no_tensors(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
         (another_network, "has 1 kernels of convolutions .* and 0 of logits, expected 57 and 1"),
         (misshapen, r"net.part3.filter.weight has shape \(32, 192, 1, 1, 1\), expected \(64, 192, 1, 1, 1\)"),
         (norm_before_convolution, "net.part0.norm.bias belongs to no convolution before it"),
-        (swapped, "under unknown names, but not its trained weights in I3D's order"),
+        (swapped, "not the weights on which the distance is defined, or not in I3D's order"),
         (no_tensors, "holds no state dict, but dict; expected names and tensors"),
     ],
 )

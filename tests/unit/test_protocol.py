@@ -25,6 +25,7 @@ STANDARD = Comparison(
     fps=None,
     resolution=(256, 256),
     crop="center_crop",
+    short_videos="skip",
     dataset="ucf101",
     fingerprint="abc",
     weights="def",
@@ -97,8 +98,8 @@ def test_the_digest_knows_rules_and_not_words():
 def test_comparisons_of_other_data_counts_or_weights_dont_mix():
     changes = {
         "protocol": shipped("lvdm"), "num_real": 4096, "num_generated": 4096, "num_frames": 32,
-        "real_stride": 4, "fps": 8.0, "resolution": (128, 128), "crop": "squash", "fingerprint": "x",
-        "weights": "y",
+        "real_stride": 4, "fps": 8.0, "resolution": (128, 128), "crop": "squash", "short_videos": "pad",
+        "fingerprint": "x", "weights": "y",
     }  # fmt: skip
     digests = {replace(STANDARD, **{name: value}).digest for name, value in changes.items()}
     assert len(digests | {STANDARD.digest}) == len(changes) + 1
@@ -140,9 +141,10 @@ def test_the_sentence_says_what_decides_the_number():
         ({"num_frames": 0}, "num_frames must be at least 1"),
         ({"real_stride": 0}, "real_stride must be at least 1"),
         ({"jpeg_quality": 101}, "jpeg_quality must be 1 to 100 or null, got 101"),
-        ({"seeds": ()}, r"seeds must be different numbers from 0, one or more, got \[\]"),
+        ({"seeds": ()}, r"seeds must be different whole numbers from 0, one or more, got \[\]"),
         ({"seeds": (1, 1)}, "seeds must be different"),
-        ({"seeds": (-1,)}, "seeds must be different numbers from 0"),
+        ({"seeds": (-1,)}, "seeds must be different whole numbers from 0"),
+        ({"seeds": (1.5, True)}, "seeds must be different whole numbers from 0"),
     ],
 )
 def test_what_no_measurement_can_do_is_refused(change, message):

@@ -36,6 +36,7 @@ def test_sound_videos_are_not_suspected(real, sound):
 
 MISTAKES = {
     "[0, 1] taken for one in [-1, 1]": lambda x: ((x / 255 + 1) * 127.5).round(),
+    "[0, 1] taken for one in [-1, 1]?": lambda x: ((x / 255 + 1) * 127.5).floor(),
     "[-1, 1] taken for one in [0, 1]": lambda x: ((x / 127.5 - 1) * 255).clamp(0, 255),
     "without times 255": lambda x: (x / 255).round(),
     "written as BGR": lambda x: x.flip(-1),
@@ -76,9 +77,12 @@ def test_real_sky_videos_are_not_suspected(shared):
     from src.data.video import read_clip
 
     def clips(name: str) -> Tensor:
-        paths = sorted(shared(f"clips_sky/{name}").iterdir())[:24]
+        paths = sorted(shared(f"clips_sky/{name}").iterdir())[:48]
         return torch.stack([torch.from_numpy(read_clip(path, 0, 8)) for path in paths])
 
     real = clips("real")
     assert told(real, clips("generated_mdgan_stage2")) == []
     assert any("BGR" in sentence for sentence in told(real, real.flip(-1)))
+    assert any("BGR" in sentence for sentence in told(real, clips("generated_mdgan_stage1").flip(-1)))
+    half = len(real) // 2
+    assert told(real[:half], real[half:]) == []

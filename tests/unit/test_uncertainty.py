@@ -8,7 +8,7 @@ import torch
 
 from src.metrics.frechet import GaussianStatistics, frechet_distance, resampled_frechet_distances
 from src.metrics.kernel import kernel_distance, resampled_kernel_distances
-from src.metrics.uncertainty import bootstrap, convert_floor, kernel_floor
+from src.metrics.uncertainty import bootstrap, convert_floor, extrapolated_floor, kernel_floor
 
 
 def frechet(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -141,6 +141,35 @@ def test_a_floor_converts_to_other_numbers_as_simulated(n, m):
 
     # Second order in 1/n is left out by the law: within 6 % here, together with the simulation's own error.
     assert convert_floor(floor(300, 200), (300, 200), (n, m)) == pytest.approx(floor(n, m), rel=0.06)
+
+
+def test_a_floor_goes_on_by_the_power_that_was_measured():
+    measured = [(12, 990.0), (24, 990.0 / 2**0.6)]
+    assert extrapolated_floor(measured, (48, 48)) == pytest.approx(990.0 / 4**0.6)
+    assert extrapolated_floor(measured, (24, 24)) == pytest.approx(990.0 / 2**0.6)
+    # Of unequal sides the harmonic mean counts, as in the law of 1/n.
+    assert extrapolated_floor(measured, (40, 120)) == pytest.approx(extrapolated_floor(measured, (60, 60)))
+    assert extrapolated_floor(measured[1:], (48, 48)) == pytest.approx(
+        convert_floor(measured[1][1], (24, 24), (48, 48))
+    )
+    assert extrapolated_floor([(12, 1000.0), (24, 300.0)], (48, 48)) == 150.0, "never faster than 1/n"
+
+
+def test_with_fewer_videos_than_features_the_floor_is_met_better_than_by_the_law_of_1_over_n():
+    dim, scale = 100, torch.arange(1, 101, dtype=torch.float64) ** -0.5
+
+    def floor(size: int, draws: int = 6) -> float:
+        found = []
+        for seed in range(draws):
+            draw = torch.Generator().manual_seed(100 * size + seed)
+            x, y = (torch.randn(size, dim, generator=draw, dtype=torch.float64) * scale for _ in range(2))
+            found.append(frechet(x, y))
+        return sum(found) / draws
+
+    by_size = [(size, floor(size)) for size in (12, 24, 48)]
+    truth = by_size[2][1]
+    assert extrapolated_floor(by_size[:2], (48, 48)) == pytest.approx(truth, rel=0.2)
+    assert convert_floor(by_size[1][1], (24, 24), (48, 48)) < 0.85 * truth
 
 
 def test_the_kernel_floor_is_passed_by_chance_alone_in_5_of_100_cases():
