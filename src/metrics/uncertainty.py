@@ -102,7 +102,8 @@ def convert_floor(floor: float, measured: tuple[int, int], wanted: tuple[int, in
     floor(n', m') = floor(n, m) · (1/n' + 1/m') / (1/n + 1/m): both the difference of two sample means and
     that of two sample covariances have a variance that is proportional to 1/n + 1/m, and the Fréchet
     distance of nearly equal Gaussians is quadratic in them. To first order: with fewer videos than features
-    it falls more slowly (by 1.6 to 1.8 instead of 2 at each doubling, for I3D: `benchmarks/floor.py`). The
+    it falls more slowly (by 1.6 to 1.8 instead of 2 at each doubling, for I3D: `benchmarks/floor.py`), see
+    `extrapolated_floor`. The
     spread of the kernel distance around 0 follows it, too.
 
     Args:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from src.data.storage import held
+from src.data.video import probe
 from src.reporting.runs import load_run
 
 ROOT = Path(__file__).parents[2]
@@ -268,9 +269,9 @@ def test_two_processes_make_and_measure_the_same(home: Path) -> None:
     model = f"model={home}/runs/tiny/model"
     data = ["dataset=synthetic_tiny", *at(home)[1:], "protocol=quick", "batch_size=2", "num_replicates=20"]
     few = ["protocol.num_real=6", "protocol.num_generated=5", "num_reconstructed=5"]
-    for name, launcher in (
-        ("one", []),
-        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]),
+    for name, threads, launcher in (
+        ("one", "2", []),
+        ("two", "1", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]),
     ):
         for arguments in (
             ["src.sample", model, "num_samples=5", f"output={home}/by_{name}"],
@@ -279,7 +280,8 @@ def test_two_processes_make_and_measure_the_same(home: Path) -> None:
             result = subprocess.run(
                 [sys.executable, *launcher, "-m", *arguments],
                 cwd=ROOT, capture_output=True, text=True, timeout=300,
-                env=environment(home) | {"LATENT_VIDEO_CACHE": f"{home}/cache_of_{name}"},
+                env=environment(home)
+                | {"LATENT_VIDEO_CACHE": f"{home}/cache_of_{name}", "OMP_NUM_THREADS": threads},
             )  # fmt: skip
             assert result.returncode == 0, result.stderr
     one, two = home / "by_one", home / "by_two"
@@ -445,6 +447,7 @@ def test_an_evaluation_that_was_killed_goes_on_and_ends_in_the_same(home: Path, 
     arguments = [
         f"model={home}/runs/tiny/model", "dataset=synthetic_tiny", *at(home)[1:], "protocol=quick",
         "protocol.num_real=12", "protocol.num_generated=4", "batch_size=2", "num_replicates=0",
+        "dataset.resolution=16", "num_reconstructed=0",
     ]  # fmt: skip
     verb(home, "evaluate", *arguments, f"output={tmp_path}/straight/e.json", cache=tmp_path / "straight")
     process = subprocess.Popen(
@@ -469,6 +472,8 @@ def test_an_evaluation_that_was_killed_goes_on_and_ends_in_the_same(home: Path, 
     )
     del straight["created"], killed["created"]
     assert straight == killed
+    sizes = {name: probe(tmp_path / f"straight/evaluation/{name}_00.mp4") for name in ("real", "generated")}
+    assert all((info.height, info.width) == (16, 16) for info in sizes.values()), "made for another size"
 
 
 @pytest.mark.slow
