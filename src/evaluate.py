@@ -57,7 +57,7 @@ def main(cfg: DictConfig) -> None:
 
     check_request(cfg)
     protocol: Protocol = build(cfg.protocol)
-    share, device = Share(), pick_device()
+    share, device = Share(), pick_device(keeps_memory=cfg.model is not None)
     model = None if cfg.model is None else load_diffusion(cfg.model).to(device)
     node = clip_geometry(cfg.dataset, None if model is None else model.data, protocol)
     output = output_path(cfg)

@@ -6,7 +6,6 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from ..data.storage import atomic_path, cache_home, load_tensors, save_tensors
 from ..data.transforms import to_video
 from ..metrics.drift import clip_statistics
 from ..metrics.features import FeatureExtractor
-from ..metrics.precision import full_precision
 from ..metrics.suspicions import traits
 from ..metrics.video_statistics import pixel_features
 from ..training.share import Share
@@ -54,8 +52,8 @@ class Measuring:
     """Computes rows of clips in fixed batches that the processes deal out among themselves.
 
     A batch holds the same clips whatever the number of processes, and the last one is filled up, so that
-    every number comes out the same to the last bit. On a CPU each operation has one thread, since sums are
-    rounded differently by several; clips are measured side by side instead. Each batch is kept on the disk
+    every number comes out the same to the last bit. On a CPU each process has one thread for that, since
+    several round sums differently: use as many processes as there are cores. Each batch is kept on the disk
     as soon as it is done: what was interrupted goes on, and what was measured before isn't measured again.
 
     Args:
@@ -68,9 +66,7 @@ class Measuring:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.share, self.batch_size, self.device = share, batch_size, device
-        self.num_workers = 1
         if device.type == "cpu":
-            self.num_workers = torch.get_num_threads()
             torch.set_num_threads(1)
 
     def rows(
@@ -111,7 +107,8 @@ class Measuring:
                         for name, value in compute(filled).items()
                     }
                     if "shown" in rows:
-                        rows["shown"] = rows["shown"][: max(NUM_SHOWN - batch[0], 0)]
+                        # A copy: a slice, even an empty one, would keep the whole batch in memory.
+                        rows["shown"] = rows["shown"][: max(NUM_SHOWN - batch[0], 0)].clone()
                     kept.keep(index, rows)
                 mine[index] = rows
                 bar.update(min(len(batch) * self.share.world_size, count - bar.n))
@@ -137,8 +134,7 @@ class Measuring:
                 frames = through_jpeg(frames, jpeg_quality)
             # A batch of 8-bit frames takes little memory, its floats take much.
             at_once = 2 if self.device.type == "cpu" else 4
-            with full_precision(self.device), ThreadPoolExecutor(self.num_workers) as pool:
-                parts = list(pool.map(of_few, frames.split(at_once)))
+            parts = [of_few(part) for part in frames.split(at_once)]
             rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             return rows | {"shown": frames}
 

@@ -186,10 +186,15 @@ def leave(status: int) -> None:
         os._exit(status)
 
 
-def pick_device() -> torch.device:
-    """The GPU of this process if there is one, else the CPU, whose memory the process then keeps."""
+def pick_device(keeps_memory: bool = True) -> torch.device:
+    """The GPU of this process if there is one, else the CPU.
+
+    Args:
+        keeps_memory: whether the process keeps a CPU's memory that it frees, as suits large networks.
+    """
     if not torch.cuda.is_available():
-        keep_freed_memory()
+        if keeps_memory:
+            keep_freed_memory()
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 

@@ -163,6 +163,23 @@ def test_clips_are_kept_as_features_and_statistics():
     assert not torch.equal(compressed["features"], rows["features"])
 
 
+def test_batches_are_let_go():
+    """What is kept of many clips holds no more memory than its own numbers."""
+    import gc
+    import weakref
+
+    alive: list[weakref.ref[Tensor]] = []
+
+    def drawn(numbers: list[int]) -> Tensor:
+        batch = torch.zeros(len(numbers), 5, 8, 10, 3, dtype=torch.uint8)
+        alive.append(weakref.ref(batch.untyped_storage()))  # type: ignore[arg-type]
+        gc.collect()
+        assert sum(storage() is not None for storage in alive) <= 2
+        return batch
+
+    measuring().clips(ClipSet("x", 40, drawn, {"set": "zeros"}), MeanColour(), None)  # type: ignore[arg-type]
+
+
 def test_a_batch_of_nothing_is_refused():
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         measuring(0)
