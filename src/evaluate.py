@@ -104,6 +104,10 @@ def check_request(cfg: DictConfig) -> None:
         )
     if cfg.compare_untrained and cfg.model is None:
         raise ConfigError("compare_untrained=true needs model=FOLDER, there is no network behind videos=PATH")
+    if cfg.perceptual is not None and cfg.model is None:
+        raise ConfigError(
+            "perceptual measures reconstructions: it needs model=FOLDER, videos=PATH has no autoencoder"
+        )
     for name, least in (("num_replicates", 0), ("num_reconstructed", 0), ("num_candidates", 1)):
         if cfg[name] is not None and cfg[name] < least:
             raise ConfigError(f"{name} must be at least {least}, got {cfg[name]}")
@@ -432,7 +436,6 @@ def differences(dataset: "ClipDataset", model: "DiffusionModel") -> list[str]:
 
 def comparison_record(following: "Following") -> dict[str, Any]:
     """What was compared with what, ready for JSON; equal digests may stand in one column."""
-    from .evaluation.comparing import geometry
     from .evaluation.measuring import identity
 
     told = asdict(following.comparison)
@@ -440,7 +443,6 @@ def comparison_record(following: "Following") -> dict[str, Any]:
     return told | {
         "resolution": list(following.comparison.resolution),
         "digest": following.comparison.digest,
-        "real_clips": geometry(following.real),
         "features": identity(following.extractor),
     }
 

@@ -30,8 +30,8 @@ def plain_statistics(real: Rows, others: dict[str, Rows]) -> dict[str, float]:
         others: of other sets, by the ending of their metrics' names.
     """
     metrics = {}
-    names = {"contrast": "contrast", "saturation": "saturation", "sharpness": "sharpness"}
-    for name, row in (names | {"motion": "motion_energy"}).items():
+    for name in ("contrast", "saturation", "sharpness", "motion"):
+        row = "motion_energy" if name == "motion" else name
         of_real = float(real[row].double().mean())
         metrics[f"{name}_real"] = of_real
         for title, rows in others.items():
@@ -102,7 +102,7 @@ def nearest_clips(
     """
     protocol = following.protocol
     first = protocol.seeds[0]
-    space = "pixels" if following.extractor is None else "features"
+    space = following.space
     if training is following.real and num_candidates is None:
         seeds = protocol.seeds if protocol.resample_real else protocol.seeds[:1]
         sets = [(following.real_items(seed), following.real_rows(seed), seed) for seed in seeds]

@@ -180,31 +180,42 @@ class Following:
         chosen = self.order(seed)[: self.num_real]
         return sorted(chosen) if self.num_real == len(self.real) else chosen
 
+    @cache  # noqa: B019
     def real_rows(self, seed: int) -> Rows:
-        """What is kept of the real side."""
+        """What is kept of the real side; of another seed than the first only what candidates need."""
         seed = seed if self.protocol.resample_real else self.protocol.seeds[0]
-        return self._rows(self._real_clips(self.real_items(seed), seed, "real"))
+        return self._needed(seed, self.rows_of(self._real_clips(self.real_items(seed), seed, "real")))
 
     def other_items(self) -> list[int]:
         """As many other real videos as there are generated ones; [] if the set holds too few."""
         others = self.order(self.protocol.seeds[0])[self.num_real : self.num_real + self.num_generated]
         return others if len(others) == self.num_generated else []
 
+    @cache  # noqa: B019
     def other_rows(self) -> Rows | None:
         """What is kept of other real videos; None if there are too few."""
         items = self.other_items()
         if not items:
             return None
-        return self._rows(self._real_clips(items, self.protocol.seeds[0], "other real"))
+        return self.rows_of(self._real_clips(items, self.protocol.seeds[0], "other real"))
 
+    @cache  # noqa: B019
     def generated_rows(self, seed: int) -> Rows:
-        """What is kept of the generated side."""
+        """What is kept of the generated side; of another seed than the first only its features."""
         seed = seed if self.protocol.resample_generated else self.protocol.seeds[0]
-        return self._rows(self._generated(seed, self.num_generated))
+        return self._needed(seed, self.rows_of(self._generated(seed, self.num_generated)))
 
     def rows_of(self, clips: ClipSet) -> Rows:
         """What is kept of any clips, measured like those of both sides."""
-        return self._rows(clips)
+        return self.measuring.clips(clips, self.extractor, self.protocol.jpeg_quality)
+
+    @property
+    def space(self) -> str:
+        """In which rows clips are near to each other: `features`, or `pixels` without an extractor."""
+        return "pixels" if self.extractor is None else "features"
+
+    def _needed(self, seed: int, rows: Rows) -> Rows:
+        return rows if seed == self.protocol.seeds[0] else {self.space: rows[self.space]}
 
     def result(self, num_replicates: int) -> Result:
         """The distances: mean and deviation over seeds, an interval, and what real videos score.
@@ -256,7 +267,7 @@ class Following:
             positions: clips of each, see `clips_along`.
         """
         items = list(range(self.num_generated))
-        rows = self._rows(clips_along(videos, items, positions, fingerprint))
+        rows = self.rows_of(clips_along(videos, items, positions, fingerprint))
         real = self.real_rows(self.protocol.seeds[0])
         curves = {}
         if self.extractor is not None:
@@ -287,23 +298,26 @@ class Following:
     def _real_clips(self, items: list[int], seed: int, title: str) -> ClipSet:
         return chosen_clips(self.real, items, self.protocol.real_clip, seed, title, self.fingerprint)
 
-    def _rows(self, clips: ClipSet) -> Rows:
-        return self.measuring.clips(clips, self.extractor, self.protocol.jpeg_quality)
-
 
 def distances(real: Tensor, generated: Tensor, protocol: Protocol) -> dict[str, float]:
     """Fréchet and kernel distances of features ``n d`` (or ``n t d``), by their long names."""
     real, generated = real.flatten(0, -2), generated.flatten(0, -2)
-    dim, biased = real.shape[1], protocol.biased_covariance
-    sides = [GaussianStatistics(dim, biased=biased).update(side) for side in (real, generated)]
     told = {
-        "frechet_distance": frechet_distance(sides[0], sides[1], protocol.arithmetic),
+        "frechet_distance": frechet_between(real, generated, protocol),
         "kernel_distance": kernel_distance(real, generated),
     }
     if min(len(real), len(generated)) >= KERNEL_SUBSET:
         subsets = kernel_distance_subsets(real, generated, subset_size=KERNEL_SUBSET, seed=0)
         told["kernel_distance_subsets"] = subsets.mean
     return told
+
+
+def frechet_between(real: Tensor, generated: Tensor, protocol: Protocol) -> float:
+    """The Fréchet distance of features ``n d`` (or ``n t d``), by a protocol's arithmetic."""
+    real, generated = real.flatten(0, -2), generated.flatten(0, -2)
+    dim, biased = real.shape[1], protocol.biased_covariance
+    one, other = (GaussianStatistics(dim, biased=biased).update(side) for side in (real, generated))
+    return frechet_distance(one, other, protocol.arithmetic)
 
 
 def floors(
@@ -318,15 +332,16 @@ def floors(
         protocol: of the distances.
     """
     both = real if others is None else torch.cat([real, others])
-    kernel = kernel_floor(both.flatten(0, -2), wanted, seed=0)
+    # Of single frames there is none: halves would share videos.
+    kernel = {"kernel_distance": kernel_floor(both, wanted, seed=0)} if both.ndim == 2 else {}
     if others is not None:
-        between = distances(real, others, protocol)["frechet_distance"]
-        return {"frechet_distance": between, "kernel_distance": kernel}, (len(real), len(others))
+        between = frechet_between(real, others, protocol)
+        return {"frechet_distance": between} | kernel, (len(real), len(others))
     half = len(real) // 2
     by_size = [
         (size, mean_distance_of_parts(real, size, protocol)) for size in (half // 2, half) if size >= 2
     ]
-    return {"frechet_distance": extrapolated_floor(by_size, wanted), "kernel_distance": kernel}, (half, half)
+    return {"frechet_distance": extrapolated_floor(by_size, wanted)} | kernel, (half, half)
 
 
 def mean_distance_of_parts(features: Tensor, size: int, protocol: Protocol, num_draws: int = 8) -> float:
@@ -336,5 +351,5 @@ def mean_distance_of_parts(features: Tensor, size: int, protocol: Protocol, num_
     for _ in range(num_draws):
         order = torch.randperm(len(features), generator=generator)
         one, other = features[order[:size]], features[order[size : 2 * size]]
-        told.append(distances(one, other, protocol)["frechet_distance"])
+        told.append(frechet_between(one, other, protocol))
     return statistics.fmean(told)

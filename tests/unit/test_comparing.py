@@ -13,7 +13,7 @@ from torch import Tensor
 from src.config import build
 from src.data.arrays import ArrayVideos
 from src.data.clips import ClipDataset
-from src.evaluation.comparing import Following, chosen_clips, clips_along, distances
+from src.evaluation.comparing import Following, chosen_clips, clips_along, distances, floors
 from src.evaluation.measuring import ClipSet, Measuring
 from src.metrics.protocol import Protocol
 from src.metrics.uncertainty import extrapolated_floor
@@ -229,3 +229,37 @@ def test_drift_is_the_distance_of_each_position_and_where_the_band_is_left(datas
     assert curve.floor == pytest.approx(followed.result(0).uncertainty["fvd_fast@8vs6"]["floor"])
     assert drift.statistics["contrast"].left_at == 2 and drift.statistics["contrast"].median[2] == 0
     assert (drift.num_frames, drift.num_videos, drift.num_real) == (4, 6, 8)
+
+
+def test_each_set_is_measured_once_even_where_nothing_can_be_kept(dataset, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("LATENT_VIDEO_CACHE", str(tmp_path / "file"))
+    asked: list[int] = []
+
+    def counted(seed: int, count: int) -> ClipSet:
+        made = noise(seed, count)
+
+        def frames(numbers: list[int]) -> Tensor:
+            asked.append(seed)
+            return made.frames(numbers)
+
+        return replace(made, frames=frames)
+
+    measuring = Measuring(Share(), 6, torch.device("cpu"))
+    rules = protocol(seeds=(0, 3))
+    followed = Following(
+        rules, measuring, MeanColour(), dataset, dataset.fingerprint, counted, None  # type: ignore[arg-type]
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="can't keep what was measured"):
+        followed.result(0)
+        followed.suspicions()
+        followed.generated_rows(0)
+    assert asked == [0, 3]
+    assert followed.generated_rows(3).keys() == {"features"} and "shown" in followed.generated_rows(0)
+
+
+def test_floors_of_single_frames_have_no_kernel_distance():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(8, 4, 3, generator=generator, dtype=torch.float64)
+    told, measured = floors(features, None, (8, 8), protocol())
+    assert told.keys() == {"frechet_distance"} and measured == (4, 4)
