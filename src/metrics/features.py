@@ -17,7 +17,6 @@ from .precision import full_precision
 from .weight_files import state_sha256
 
 I3D_SIZE = i3d.SIZE
-I3D_RESIZE = "bilinear squash to 224×224 (half-pixel centres, no antialiasing)"
 
 
 # ---- resizing ----
