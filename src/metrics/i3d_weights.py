@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import pickle
 import shutil
@@ -208,8 +207,8 @@ def _convert(checkpoint: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        metadata = {"source": json.dumps({"sha256": CHECKPOINT_SHA256}), "state": _state_digest(state)}
-        partial.write_bytes(save(state, metadata=metadata))
+        # One key only: the library writes several in an order that changes from call to call.
+        partial.write_bytes(save(state, metadata={"state": _state_digest(state)}))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
