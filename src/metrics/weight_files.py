@@ -28,14 +28,14 @@ def file_kind(path: Path) -> FileKind:
     """
     with open(path, "rb") as file:
         start = file.read(512)
+    if start[4:9] == b"\0\0\0\0{":  # looked at first: the header's length before it may begin like the others
+        return "safetensors"
     if start.startswith(b"PK\x03\x04"):
         return "torchscript" if is_torchscript(path) else "torch"
     if start.startswith(_OLD_TORCH_START):
         return "torch"
     if start.startswith(b"\x80"):
         return "pickle"
-    if start[8:9] == b"{":
-        return "safetensors"
     if not start:
         seems = "it is empty"
     elif start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -143,6 +144,17 @@ def assert_same(network: I3d, expected: dict[str, Tensor]) -> None:
     state = network.state_dict()
     assert state.keys() == expected.keys()
     assert [name for name in state if not torch.equal(state[name], expected[name])] == []
+
+
+def test_safetensors_are_known_whatever_the_length_of_their_header(tmp_path):
+    # It comes first in the file, so its lowest byte may be that of a pickle (0x80) or a page (0x3c).
+    path, kept = tmp_path / "weights.pt", {"weight": torch.randn(3)}
+    beginnings = set()
+    for length in range(400):
+        path.write_bytes(safetensors.torch.save(kept, {"note": "x" * length}))
+        beginnings.add(path.read_bytes()[0])
+        assert torch.equal(read_state(path)["weight"], kept["weight"])
+    assert 0x80 in beginnings
 
 
 @pytest.mark.parametrize("save", [torch.save, save_old_torch, save_torchscript, save_safetensors])
