@@ -196,13 +196,25 @@ class GuidanceSettings:
     """The ``guidance`` node: ``uncond + scale (cond - uncond)``; 1 means off."""
 
     scale: float
+    interval: Any = None
 
 
 @dataclass
 class PlanSettings:
     """The ``plan`` node: how videos longer than the model's window are made."""
 
+    kind: str
     num_given: int
+
+
+@dataclass
+class InterpolationSettings:
+    """The ``interpolation`` node: what fills the gaps between key latents; None is as for those."""
+
+    model: str | None
+    guidance_scale: Any
+    guidance_interval: Any
+    noise_level: Any
 
 
 @dataclass
@@ -235,6 +247,7 @@ class TrainConfig:
     latents_on_device: bool = False
     autoencoder_from: str | None = None
     clips_per_video: int = 1
+    latent_strides: Any = None
 
 
 @dataclass
@@ -249,9 +262,15 @@ class SampleConfig:
     num_frames: int | None
     labels: Any
     noise_level: int
+    video: Any
+    direction: str
+    loop: bool
+    decoding_window: int | None
+    dry_run: bool
     machine: MachineSettings
     guidance: GuidanceSettings
     plan: PlanSettings
+    interpolation: InterpolationSettings
     sampler: Any
 
 

@@ -163,6 +163,7 @@ def import_checkpoint(checkpoint: Path, described: dict[str, Any], folder: Path,
             "conditioning": {"_target_": ".diffusion.conditioning.FrameMasking", **asdict(model.masking)},
             "class_conditional": model.unet.num_classes > 0,
             "window": list(model.window),
+            "latent_strides": official_configs.strides_from_official(official_configs.params_of(config)),
         },
         data=data,
         step=step,
@@ -182,6 +183,7 @@ def data_of(
 
     A released config file names sizes among the parameters of its data sets (``data.params.train.params``).
     """
+    from .interop.official_configs import params_of, strides_from_official
     from .model_folder import DataRecord
 
     told = described.get("data") or {}
@@ -189,13 +191,14 @@ def data_of(
     split: Any = told
     for key in ("params", "train", "params"):
         split = (split.get(key) if isinstance(split, dict) else None) or {}
-    stride = split.get("frame_stride", split.get("clip_step", facts["frame_stride"]))
-    facts["frame_stride"] = stride if isinstance(stride, int) else facts["frame_stride"]
+    between = split.get("frame_stride", split.get("clip_step", facts["frame_stride"]))
+    facts["frame_stride"] = between if isinstance(between, int) else facts["frame_stride"]
     if model is not None:
         assert model.autoencoder is not None
         _, t, h, w = model.window
         ft, fh, fw = model.autoencoder.downsample
-        facts |= {"num_frames": t * ft, "resolution": [h * fh, w * fw]}
+        (stride,) = strides_from_official(params_of(described["model"]))
+        facts |= {"num_frames": t * stride * ft, "resolution": [h * fh, w * fw]}
         facts["classes"] = [f"class {i}" for i in range(model.unet.num_classes)]
     else:
         size = split.get("resolution", facts["resolution"])
@@ -258,6 +261,7 @@ def export(folder: Path, output: Path) -> None:
         )
         official.refuse_inexpressible(
             official_configs.process_differences(model.schedule, model.prediction_type)
+            + official_configs.conditioning_differences(model.masking, loaded.latent_strides)
             + official.unet_differences(model.unet)
             + official.autoencoder_differences(autoencoder)
         )
@@ -272,6 +276,7 @@ def export(folder: Path, output: Path) -> None:
             masking=model.masking,
             window=model.window,
             averaged=True,
+            latent_strides=loaded.latent_strides,
         )
         state = official.to_official(model)
     with torch.no_grad():

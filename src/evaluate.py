@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ def main(cfg: DictConfig) -> None:
     protocol: Protocol = build(cfg.protocol)
     share, device = Share(), pick_device(keeps_memory=cfg.model is not None)
     model = None if cfg.model is None else load_diffusion(cfg.model).to(device)
-    node = clip_geometry(cfg.dataset, None if model is None else model.data, protocol)
+    node = clip_geometry(cfg.dataset, None if model is None else short_videos_of(model), protocol)
     output = output_path(cfg)
     extractor = extractor_of(cfg, protocol, node["num_frames"], device)
     perceptual = None if cfg.perceptual is None else build(cfg.perceptual).to(device)
@@ -260,6 +260,22 @@ def clip_geometry(
     return {str(key): value for key, value in node.items()}
 
 
+def short_videos_of(model: "DiffusionModel") -> "DataRecord":
+    """The data of a model, in clips as long as the videos that one window of it makes.
+
+    Raises:
+        ConfigError: if it makes none, but key latents.
+    """
+    if 1 not in model.latent_strides:
+        raise ConfigError(
+            f"this model makes key latents, {model.latent_strides[-1]} latent frames apart, and no short "
+            "videos: sample "
+            "long ones (src.sample plan=hierarchical interpolation.model=FOLDER) and give them as "
+            "videos=FOLDER"
+        )
+    return replace(model.data, num_frames=model.window[1] * model.autoencoder.downsample[0])
+
+
 def held_out_part(node: dict[str, Any]) -> "ClipDataset | None":
     """The test split; None if it holds no clip."""
     try:
@@ -384,19 +400,26 @@ def sampled(
     from .data.transforms import to_frames
     from .evaluation.measuring import ClipSet
     from .generation import require_finite
+    from .request import interval_of
     from .sample import labels_of
     from .training.device import compile_in_place
 
     machine: MachineSettings = typed(cfg, "machine", MachineSettings)
-    scale = typed(cfg, "guidance", GuidanceSettings).scale
-    generator = model.generator(build(cfg.sampler), guidance_scale=scale, noise_level=cfg.noise_level)
+    guidance: GuidanceSettings = typed(cfg, "guidance", GuidanceSettings)
+    generator = model.generator(
+        build(cfg.sampler),
+        guidance_scale=guidance.scale,
+        guidance_interval=interval_of(guidance.interval),
+        noise_level=cfg.noise_level,
+    )
     if machine.compile:
         compile_in_place(generator.networks())
-    span = (wanted.num_frames - 1) * wanted.stride + 1
-    if span > model.data.num_frames:
+    span, whole = (wanted.num_frames - 1) * wanted.stride + 1, short_videos_of(model).num_frames
+    if span > whole:
         raise ConfigError(
-            f"{wanted.num_frames} frames {wanted.stride} apart are more than the model's "
-            f"{model.data.num_frames}; use a smaller protocol.generated_stride"
+            f"{wanted.num_frames} frames {wanted.stride} apart are more than the model's {whole}; use a "
+            "smaller "
+            "protocol.generated_stride"
         )
 
     def clips(seed: int, count: int) -> "ClipSet":
@@ -422,7 +445,7 @@ def differences(dataset: "ClipDataset", model: "DiffusionModel") -> list[str]:
     pairs = {
         "data set": (model.data.name, dataset.name),
         "content": (model.data.fingerprint, dataset.fingerprint),
-        "frames": (model.data.num_frames, dataset.num_frames),
+        "frames": (short_videos_of(model).num_frames, dataset.num_frames),
         "stride": (model.data.frame_stride, dataset.frame_stride),
         "frame rate asked for": (model.data.target_fps, dataset.sampling.fps),
         "resolution": (list(model.data.resolution), list(dataset.resolution)),

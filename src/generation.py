@@ -1,18 +1,22 @@
 """From a trained model to videos: one seed per sample, whatever the batch or the number of processes."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .data.sampler import derive_seed
-from .diffusion.conditioning import Condition, GivenFrames, denoiser_of
+from .diffusion.conditioning import Condition, GivenFrames, denoiser_of, levels_of_given
 from .diffusion.guidance import guided
-from .diffusion.long_video import autoregressive, leading_mask
+from .diffusion.long_video import Plan, Window, carry_out
 from .diffusion.parameterization import Parameterization
 from .diffusion.samplers import Sampler
 from .models.autoencoder import LatentSpace
+from .models.streaming import decode_stream
 
 
 def require_finite(video: Tensor) -> Tensor:
@@ -44,6 +48,9 @@ class VideoGenerator:
         max_noise_level: of conditional latent perturbation in training; 0 if there was none.
         noise_level: to which given latents are noised at sampling; must be below ``max_noise_level``,
             or 0 for clean latents in a model trained without perturbation.
+        guidance_interval: diffusion times, first and last, at which guidance works; None for all.
+        strides: latent frames from one frame of a window to the next, those that the model knows.
+        noise_level_per_frame: whether the network is told the level at the given frames instead of once.
     """
 
     autoencoder: LatentSpace
@@ -56,11 +63,13 @@ class VideoGenerator:
     has_labels: bool
     max_noise_level: int
     noise_level: int
+    guidance_interval: tuple[int, int] | None = None
+    strides: tuple[int, ...] = (1,)
+    noise_level_per_frame: bool = False
 
     def __post_init__(self) -> None:
-        # What the sampler can't do with this schedule is found before anything is made.
-        table, tiny = self.parameterization.alphas_cumprod, torch.zeros(1, 1, 1, 1, 1)
-        self.sampler(lambda latents, _: latents, tiny, table.cpu(), lambda _: tiny)
+        self.num_calls  # noqa: B018 - what the sampler can't do with this schedule is found before anything is made
+        guided(denoiser_of(self.unet), self.guidance_scale, self.guidance_interval)
         if self.guidance_scale != 1.0 and not (self.gives_frames or self.has_labels):
             raise ValueError(
                 f"guidance.scale={self.guidance_scale} has nothing to guide: this model was trained without "
@@ -73,9 +82,39 @@ class VideoGenerator:
             )
 
     @property
+    def num_calls(self) -> int:
+        """How often the sampler asks for a denoised window."""
+        calls, tiny = 0, torch.zeros(1, 1, 1, 1, 1)
+
+        def count(latents: Tensor, _: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return latents
+
+        self.sampler(count, tiny, self.parameterization.alphas_cumprod.cpu(), lambda _: tiny)
+        return calls
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.unet.parameters()).device
+
+    @torch.no_grad()
+    def seconds_of_call(self, rows: int, stride: int) -> float:
+        """How long the network takes for so many windows at once, measured; twice as many if it is guided."""
+        rows *= 1 if self.guidance_scale == 1.0 else 2
+        device = self.device
+        times = torch.zeros(rows, dtype=torch.int64, device=device)
+        given = {"mask": torch.zeros(rows, 1, *self.window[1:], device=device)} if self.gives_frames else {}
+        told = {"stride": times + self.strides.index(stride)} if len(self.strides) > 1 else {}
+        seconds = []
+        for _ in range(2):  # the first call is slower than the others
+            began = time.perf_counter()
+            self.unet(torch.zeros(rows, *self.window, device=device), times, **given, **told)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - began)
+        return seconds[-1]
 
     def networks(self) -> list[nn.Module]:
         """What is called over and over: the U-Net and, unless there is nothing to decode, the decoder."""
@@ -84,51 +123,80 @@ class VideoGenerator:
 
     @torch.no_grad()
     def sample_window(
-        self, seeds: Sequence[int], labels: Tensor | None, index: int = 0, given: Tensor | None = None
+        self,
+        seeds: Sequence[int],
+        labels: Tensor | None,
+        *,
+        numbers: Sequence[int] | None = None,
+        level: int = 0,
+        stride: int | None = None,
+        given: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """One window of latents for each seed.
 
         Args:
-            seeds: one a sample.
+            seeds: one a row.
             labels: int64 ``b``, or None.
-            index: which window of a long video this is; it takes part in the random numbers.
-            given: leading latent frames ``b c n h w`` to continue, or None.
+            numbers: which window of a long video each row is; takes part in the random numbers. None for 0.
+            level: of a long video's plan; takes part in the random numbers.
+            stride: latent frames from one frame of the window to the next; None for the smallest known.
+            given: latents ``b c t h w``, read where the mask is 1; None if nothing is given.
+            mask: 1 at given frames, else 0; of a shape that expands to ``b 1 t h w``.
 
         Returns:
             Latents ``b c t h w``; given frames come back unchanged.
+
+        Raises:
+            ValueError: for what the model never saw in training.
         """
         device = self.device
+        numbers = [0] * len(seeds) if numbers is None else numbers
+        where = "sampling" if level == 0 else f"sampling level {level}"
 
         def draw(purpose: str) -> Tensor:
-            noise = [torch.randn(self.window, generator=_generator(seed, index, purpose)) for seed in seeds]
+            noise = [
+                torch.randn(self.window, generator=_generator(seed, number, f"{where} {purpose}"))
+                for seed, number in zip(seeds, numbers, strict=True)
+            ]
             return torch.stack(noise).to(device)
 
-        frames, latents_given, mask = None, None, None
+        stride = min(self.strides) if stride is None else stride
+        if stride not in self.strides:
+            raise ValueError(
+                f"the model was trained on latent frames {' or '.join(map(str, self.strides))} apart, not on "
+                f"frames {stride} apart"
+            )
         if given is not None and not self.gives_frames:
             raise ValueError(
                 "this model was trained without given frames and can't continue a video; train it with "
                 "conditioning=prediction"
             )
+        frames = None
         if self.gives_frames:
-            if given is None:
-                given = torch.zeros(len(seeds), self.window[0], 0, *self.window[2:], device=device)
-            latents_given, mask = leading_mask(given, self.window[1])
-            level = torch.full((len(seeds),), -1, dtype=torch.int64, device=device)
-            perturbed = latents_given
+            shape = (len(seeds), 1, *self.window[1:])
+            clean = torch.zeros(len(seeds), *self.window, device=device) if given is None else given
+            mask = torch.zeros(shape, device=device) if mask is None else mask.expand(shape)
+            told = torch.full((len(seeds),), -1, dtype=torch.int64, device=device)
+            perturbed = clean
             if self.max_noise_level > 0:
-                level = torch.full_like(level, self.noise_level)
-                perturbed = self.parameterization.add_noise(latents_given, draw("perturbation"), level)
-            frames = GivenFrames(perturbed, mask, level)
+                told = torch.full_like(told, self.noise_level)
+                perturbed = self.parameterization.add_noise(clean, draw("perturbation"), told)
+                if self.noise_level_per_frame:
+                    told = levels_of_given(told[:, None], mask)
+            frames = GivenFrames(perturbed, mask, told)
         label = None
         if self.has_labels:
             label = torch.full((len(seeds),), -1, dtype=torch.int64) if labels is None else labels
             label = label.to(device)
-        condition = Condition(frames, label)
+        told_stride = None
+        if len(self.strides) > 1:
+            told_stride = torch.full((len(seeds),), self.strides.index(stride), device=device)
+        condition = Condition(frames, label, told_stride)
         # Without anything given both halves of guidance would be the same prediction.
-        informed = (given is not None and given.shape[2] > 0) or (
-            label is not None and bool((label >= 0).any())
-        )
-        denoiser = guided(denoiser_of(self.unet), self.guidance_scale if informed else 1.0)
+        informed = given is not None or (label is not None and bool((label >= 0).any()))
+        scale = self.guidance_scale if informed else 1.0
+        denoiser = guided(denoiser_of(self.unet), scale, self.guidance_interval)
 
         def denoise(noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
             prediction = denoiser(noisy_latents, timesteps, condition).float()
@@ -137,65 +205,175 @@ class VideoGenerator:
         latents = self.sampler(
             denoise, draw("initial"), self.parameterization.alphas_cumprod, lambda i: draw(f"step {i}")
         )
-        if mask is not None and latents_given is not None:
-            latents = torch.where(mask > 0, latents_given, latents)
+        if given is not None and mask is not None:
+            latents = torch.where(mask > 0, given, latents)
         return latents
-
-    def long_latents(
-        self, seeds: Sequence[int], labels: Tensor | None, num_frames: int, num_given: int
-    ) -> Iterator[Tensor]:
-        """Windows of a long video's latents, by autoregression; see :func:`autoregressive`."""
-        return autoregressive(
-            lambda index, given: self.sample_window(seeds, labels, index, given),
-            num_frames,
-            self.window[1],
-            num_given,
-        )
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Video ``b c t h w`` in [-1, 1] of normalised latents."""
         return self.autoencoder.decode(self.autoencoder.denormalize(latents)).clamp(-1.0, 1.0)
 
-    def long_video(
-        self, seeds: Sequence[int], labels: Tensor | None, num_frames: int, num_given: int
-    ) -> Iterator[Tensor]:
-        """Pieces of a long video, decoded as they are made; memory doesn't grow with the length.
 
-        Each piece of latents is decoded behind ``num_given`` latent frames of context, and the frames
-        decoded twice are cross-faded, since an autoencoder's normalization may span time.
+class Finished(Protocol):
+    """Windows that were made before, so that an interrupted job goes on from the last one."""
+
+    def get(self, seed: int, window: Window) -> Tensor | None:
+        """Latents ``c t h w`` of one sample's window, if they are there."""
+
+    def put(self, seed: int, window: Window, latents: Tensor) -> None:
+        """Keeps latents ``c t h w``."""
+
+
+@dataclass(frozen=True)
+class LongVideoGenerator:
+    """Videos of any length: a plan, and who makes the windows of each of its levels.
+
+    Args:
+        plan: in latent frames.
+        levels: a generator for each level of the plan, all with one autoencoder.
+        decoding_window: latent frames that are decoded at once.
+        finished: windows that needn't be made again; None keeps none.
+        progress: called with the number of windows made, times samples.
+    """
+
+    plan: Plan
+    levels: Sequence[VideoGenerator]
+    decoding_window: int
+    finished: Finished | None = None
+    progress: Callable[[int], object] = field(default=lambda count: None)
+
+    @property
+    def factor(self) -> int:
+        """Video frames of a latent frame."""
+        return self.levels[0].autoencoder.downsample[0]
+
+    @property
+    def decoding(self) -> tuple[int, int, bool]:
+        """Latent frames decoded at once, those that two windows share, and whether they are cross-faded."""
+        context = self.levels[0].autoencoder.decoding_context
+        if context is None:
+            return self.decoding_window, self.decoding_window // 2, True
+        return max(self.decoding_window, 2 * context + 1), 2 * context, False
+
+    def latents(
+        self,
+        seeds: Sequence[int],
+        labels: Tensor | None,
+        *,
+        batch_size: int,
+        known: Mapping[int, Tensor] | None = None,
+        loops: bool = False,
+        backward: bool = False,
+    ) -> Iterator[Tensor]:
+        """Pieces ``b c t h w`` of the video's latents in the plan's order; see :func:`carry_out`.
 
         Args:
             seeds: one a sample.
             labels: int64 ``b``, or None.
-            num_frames: video frames in all.
-            num_given: latent frames on which each window is conditioned.
-
-        Yields:
-            Video ``b c t h w`` in [-1, 1]; together exactly ``num_frames`` frames.
+            batch_size: windows made at once, over all samples.
+            known: latents ``b c h w`` by position.
+            loops: see :func:`carry_out`.
+            backward: see :func:`carry_out`.
         """
-        factor = self.autoencoder.downsample[0]
-        context: Tensor | None = None
-        held: Tensor | None = None
-        left = num_frames
-        for latents in self.long_latents(seeds, labels, -(-num_frames // factor), num_given):
-            joined = latents if context is None else torch.cat([context, latents], dim=2)
-            video = self.decode(joined)
-            if held is not None:
-                overlap = held.shape[2]
-                fade = torch.linspace(0, 1, overlap + 2, device=video.device)[1:-1].reshape(1, 1, -1, 1, 1)
-                video = torch.cat(
-                    [torch.lerp(held, video[:, :, :overlap], fade), video[:, :, overlap:]], dim=2
+
+        def sample(windows: Sequence[Window], given: Tensor | None, mask: Tensor | None) -> Tensor:
+            level = windows[0].level
+            made: dict[int, Tensor] = {}
+            for i, window in enumerate(windows):
+                kept = [self.finished.get(seed, window) if self.finished else None for seed in seeds]
+                whole = [latents for latents in kept if latents is not None]
+                if len(whole) == len(seeds):
+                    made[i] = torch.stack(whole).to(self.levels[0].device)
+            todo = [i for i in range(len(windows)) if i not in made]
+            if todo:
+                stride = self.plan.levels[level].stride
+                rows = self.levels[level].sample_window(
+                    list(seeds) * len(todo),
+                    None if labels is None else labels.repeat(len(todo)),
+                    numbers=[windows[i].number for i in todo for _ in seeds],
+                    level=level,
+                    stride=stride,
+                    given=None if given is None else given[todo].flatten(0, 1),
+                    mask=None
+                    if mask is None
+                    else mask[todo].expand(-1, len(seeds), -1, -1, -1, -1).flatten(0, 1),
                 )
-            context = joined[:, :, -num_given:]
-            overlap = context.shape[2] * factor
-            ready, held = video[:, :, :-overlap], video[:, :, -overlap:]
-            ready = ready[:, :, :left]
-            left -= ready.shape[2]
-            if ready.shape[2]:
-                yield ready
-        if held is not None and left > 0:
-            yield held[:, :, :left]
+                for i, latents in zip(todo, rows.unflatten(0, (len(todo), len(seeds))), strict=True):
+                    made[i] = latents
+                    for seed, one in zip(seeds, latents, strict=True):
+                        if self.finished is not None:
+                            self.finished.put(seed, windows[i], one)
+            self.progress(len(windows) * len(seeds))
+            return torch.stack([made[i] for i in range(len(windows))])
+
+        yield from carry_out(
+            self.plan,
+            sample,
+            known=known,
+            at_once=max(batch_size // len(seeds), 1),
+            loops=loops,
+            backward=backward,
+        )
+
+    def decode(
+        self, pieces: Iterable[Tensor], *, before: Tensor | None = None, after: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """Video ``b c t h w`` in [-1, 1] of latents that arrive in pieces, in pieces.
+
+        Args:
+            pieces: latents ``b c t h w`` in order of time.
+            before: latents ``b c t h w`` ahead of them, which are seen but not part of the video.
+            after: the same behind them.
+        """
+        window, overlap, fade = self.decoding
+        parts: list[Iterable[Tensor]] = [
+            [] if before is None else [before],
+            pieces,
+            [] if after is None else [after],
+        ]
+        video = decode_stream(
+            self.levels[0].decode,
+            chain.from_iterable(parts),
+            factor=self.factor,
+            window=window,
+            overlap=overlap,
+            fade=fade,
+        )
+        ends = [0 if latents is None else latents.shape[2] * self.factor for latents in (before, after)]
+        yield from without_ends(video, *ends)
+
+    def loop(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Video of latents whose last frame is followed by their first; it begins a little behind that one.
+
+        Each of its frames is decoded with what comes before and after it, around the loop.
+        """
+        margin = max(self.decoding[1], 1)
+        start: list[Tensor] = []
+
+        def around() -> Iterator[Tensor]:
+            for piece in pieces:
+                if sum(latents.shape[2] for latents in start) < 2 * margin:
+                    start.append(piece)
+                yield piece
+            first = torch.cat(start, dim=2)
+            times = -(-2 * margin // first.shape[2])
+            yield torch.cat([first] * times, dim=2)[:, :, : 2 * margin]
+
+        yield from without_ends(self.decode(around()), margin * self.factor, margin * self.factor)
+
+
+def without_ends(pieces: Iterable[Tensor], first: int, last: int) -> Iterator[Tensor]:
+    """Pieces of a video ``b c t h w`` without its first and last frames."""
+    held: Tensor | None = None
+    for piece in pieces:
+        dropped = min(first, piece.shape[2])
+        first -= dropped
+        held = piece[:, :, dropped:] if held is None else torch.cat([held, piece[:, :, dropped:]], dim=2)
+        if held.shape[2] > last:
+            ready = held.shape[2] - last
+            yield held[:, :, :ready]
+            held = held[:, :, ready:]
 
 
 def _generator(seed: int, index: int, purpose: str) -> torch.Generator:

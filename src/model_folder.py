@@ -60,9 +60,11 @@ class DiffusionModel:
         parameterization: schedule and prediction type.
         masking: which frames were given in training.
         class_conditional: whether classes were told in training.
-        window: latent shape ``(c, t, h, w)`` of a training clip.
+        window: latent shape ``(c, t, h, w)`` of what the network saw at once in training.
         data: what it was trained on.
         step: optimizer steps.
+        latent_strides: distances between the window's latent frames that were trained, the largest first.
+        autoencoder_frames: video frames of a clip that the autoencoder was trained on.
     """
 
     unet: nn.Module
@@ -73,6 +75,8 @@ class DiffusionModel:
     window: tuple[int, int, int, int]
     data: DataRecord
     step: int
+    latent_strides: tuple[int, ...]
+    autoencoder_frames: int
 
     def to(self, device: torch.device) -> "DiffusionModel":
         """The same model on a device."""
@@ -80,7 +84,14 @@ class DiffusionModel:
         self.autoencoder.to(device)
         return replace(self, parameterization=self.parameterization.to(device))
 
-    def generator(self, sampler: Sampler, *, guidance_scale: float, noise_level: int) -> VideoGenerator:
+    def generator(
+        self,
+        sampler: Sampler,
+        *,
+        guidance_scale: float,
+        noise_level: int,
+        guidance_interval: tuple[int, int] | None = None,
+    ) -> VideoGenerator:
         """What makes videos with this model."""
         return VideoGenerator(
             autoencoder=self.autoencoder,
@@ -93,6 +104,9 @@ class DiffusionModel:
             has_labels=self.class_conditional,
             max_noise_level=self.masking.max_noise_level if self.masking.gives_frames else 0,
             noise_level=noise_level,
+            guidance_interval=guidance_interval,
+            strides=self.latent_strides,
+            noise_level_per_frame=self.masking.noise_level_per_frame,
         )
 
 
@@ -207,6 +221,8 @@ def load_diffusion(folder: str, trained: bool = True) -> DiffusionModel:
         window=tuple(config["window"]),
         data=data_record(config),
         step=config["step"],
+        latent_strides=tuple(config.get("latent_strides", [1])),  # older folders have one
+        autoencoder_frames=data_record(autoencoder_config(str(path / "autoencoder"))[1]).num_frames,
     )
 
 

@@ -1,103 +1,260 @@
 """Make videos with a trained model: ``python -m src.sample model=runs/ucf101/model``."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import (
-    ConfigError,
-    GuidanceSettings,
-    MachineSettings,
-    PlanSettings,
-    SampleConfig,
-    build,
-    difference,
-    typed,
-    verb,
-)
+from .config import ConfigError, MachineSettings, SampleConfig, difference, typed, verb
+from .request import LevelChoice, Wanted, check_request, filling_model, levels_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .generation import VideoGenerator
+    from .data.pieces import Pieces
+    from .diffusion.long_video import Window
+    from .generation import LongVideoGenerator
     from .model_folder import DiffusionModel
 
 
 @verb("sample", SampleConfig)
 def main(cfg: DictConfig) -> None:
     """Writes one mp4 a sample, a contact sheet, and a list of seeds and classes."""
-    from contextlib import ExitStack
-
     from tqdm import tqdm
 
-    from .data.transforms import to_frames
-    from .data.video import VideoWriter
-    from .generation import require_finite
+    from .data.storage import remove
     from .model_folder import fingerprint, load_diffusion
     from .training.device import compile_in_place, pick_device
     from .training.share import Share
 
+    check_request(cfg)
     machine: MachineSettings = typed(cfg, "machine", MachineSettings)
-    scale = typed(cfg, "guidance", GuidanceSettings).scale
-    num_given = typed(cfg, "plan", PlanSettings).num_given
-    if cfg.num_samples < 1 or cfg.batch_size < 1:
-        raise ConfigError(
-            f"num_samples and batch_size must be at least 1, got {cfg.num_samples}, {cfg.batch_size}"
-        )
     share = Share()
     model = load_diffusion(cfg.model).to(pick_device())
-    generator = model.generator(build(cfg.sampler), guidance_scale=scale, noise_level=cfg.noise_level)
+    levels = levels_of(cfg, model, filling_model(cfg, model))
+    wanted = Wanted.of(cfg, model, levels)
     if machine.compile:
-        compile_in_place(generator.networks())
-    num_frames = model.data.num_frames if cfg.num_frames is None else cfg.num_frames
-    if num_frames < 1:
-        raise ConfigError(f"num_frames must be at least 1, got {num_frames}")
-    if num_frames > model.data.num_frames and num_given not in model.masking.num_given:
-        raise ConfigError(
-            f"plan.num_given={num_given}: this model was trained with {list(model.masking.num_given)} given "
-            "latent frames. Choose one of these, or train with conditioning=prediction and its num_given"
-        )
+        networks = {id(network): network for level in levels for network in level.generator.networks()}
+        compile_in_place(networks.values())
     folder = Path(cfg.output) if cfg.output else Path(cfg.model).parent / "samples"
-    made_by = recipe(cfg, fingerprint(Path(cfg.model)), num_frames)
-    if share.rank == 0:  # the others would find what it is about to make
-        refuse_other_samples(folder, made_by)
-    folder.mkdir(parents=True, exist_ok=True)
-
+    num_windows = sum(wanted.plan.counts())
+    if share.rank == 0 and (cfg.dry_run or num_windows > 1):
+        print(plan_in_words(cfg, wanted, levels))
+    if cfg.dry_run:
+        if share.rank == 0:
+            write_plan(wanted, folder / "plan.svg")
+        return
+    made_by = recipe(cfg, fingerprint(Path(cfg.model)), wanted.num_frames)
     seeds = [cfg.first_seed + i for i in range(cfg.num_samples)]
     names = {seed: folder / f"sample_{seed:06d}.mp4" for seed in seeds}
-    batches = [[seeds[i] for i in batch] for batch in share.batches(len(seeds), cfg.batch_size)]
-    total = sum(map(len, batches)) * num_frames
-    with tqdm(total=total, unit="frame", desc="sampling", disable=share.rank > 0) as bar:
+
+    def begun() -> list[int]:
+        """The seeds that are still to be sampled; the folder says from now on how its samples are made."""
+        refuse_other_samples(folder, made_by)
+        told = (folder / "samples.json").is_file()
+        finished = [seed for seed in seeds if told and names[seed].is_file()]
+        describe(cfg, model, folder, made_by, {seed: names[seed] for seed in finished})
+        return [seed for seed in seeds if seed not in finished]
+
+    todo = share.from_first(begun)
+    batches = [[todo[i] for i in batch] for batch in share.batches(len(todo), cfg.batch_size)]
+    total = sum(map(len, batches)) * num_windows
+    with tqdm(total=total, unit="window", desc="sampling", disable=share.rank > 0) as bar:
         for batch in batches:
-            labels = labels_of(model, batch, cfg.labels)
+            kept = Windows(folder / ".unfinished") if num_windows > 1 else None
+            generator = long_videos(cfg, wanted, levels, kept, bar.update)
             with ExitStack() as files:
-                writers = [files.enter_context(VideoWriter(names[seed], model.data.fps)) for seed in batch]
-                for video in videos(generator, batch, labels, num_frames, num_given):
-                    for writer, frames in zip(writers, to_frames(require_finite(video.cpu())), strict=True):
-                        writer.write(frames)
-                    bar.update(video.shape[0] * video.shape[2])
+                write_videos(
+                    cfg,
+                    model,
+                    wanted,
+                    generator,
+                    labels_of(model, batch, cfg.labels),
+                    {n: names[n] for n in batch},
+                    files,
+                )
+            if kept is not None:
+                kept.remove(batch)
     share.close()
     if share.rank == 0:
-        _describe(cfg, model, folder, made_by, [names[seed] for seed in seeds], seeds)
-        print(f"{len(seeds)} videos of {num_frames} frames: {folder}")
+        remove(folder / ".unfinished")
+        describe(cfg, model, folder, made_by, names)
+        write_contact_sheet(folder / "contact_sheet.png", list(names.values()), wanted.num_in_file)
+        before = f" ({len(seeds) - len(todo)} of them were there)" if len(todo) < len(seeds) else ""
+        print(f"{len(seeds)} videos of {wanted.num_in_file} frames{before}: {folder}")
+
+
+def long_videos(
+    cfg: DictConfig,
+    wanted: Wanted,
+    levels: Sequence[LevelChoice],
+    kept: "Windows | None" = None,
+    progress: Callable[[int], object] = lambda count: None,
+) -> "LongVideoGenerator":
+    """What makes the videos."""
+    from .generation import LongVideoGenerator
+
+    model = levels[0].model
+    return LongVideoGenerator(
+        wanted.plan,
+        [level.generator for level in levels],
+        cfg.decoding_window or max(model.autoencoder_frames // model.autoencoder.downsample[0], 1),
+        kept,
+        progress,
+    )
+
+
+def write_videos(
+    cfg: DictConfig,
+    model: "DiffusionModel",
+    wanted: Wanted,
+    generator: "LongVideoGenerator",
+    labels: "Tensor | None",
+    paths: dict[int, Path],
+    files: ExitStack,
+) -> None:
+    """Writes a file for each seed, frames as they are made, beside those that were given."""
+    from .data.transforms import to_frames
+    from .data.video import VideoWriter
+    from .generation import require_finite
+
+    writers = [files.enter_context(VideoWriter(path, model.data.fps)) for path in paths.values()]
+    if wanted.first is not None:
+        for given in wanted.first.frames():
+            for writer in writers:
+                writer.write(given)
+    for video in videos(wanted, generator, list(paths), labels, cfg.batch_size):
+        for writer, frames in zip(writers, to_frames(require_finite(video.cpu())), strict=True):
+            writer.write(frames)
+    if wanted.then is not None and wanted.then is not wanted.first:
+        for given in wanted.then.frames():
+            for writer in writers:
+                writer.write(given)
 
 
 def videos(
-    generator: "VideoGenerator",
+    wanted: Wanted,
+    generator: "LongVideoGenerator",
     seeds: Sequence[int],
     labels: "Tensor | None",
-    num_frames: int,
-    num_given: int,
+    batch_size: int,
 ) -> Iterator["Tensor"]:
-    """Pieces of videos ``b c t h w``, one whole piece if they are no longer than the model's window."""
-    window = generator.window[1] * generator.autoencoder.downsample[0]
-    if num_frames <= window:
-        yield generator.decode(generator.sample_window(seeds, labels))[:, :, :num_frames]
-    else:
-        yield from generator.long_video(seeds, labels, num_frames, num_given)
+    """What is to be made, ``b c t h w`` in [-1, 1], piece by piece in order of time."""
+    import torch
+
+    from .generation import without_ends
+
+    pieces = generator.latents(
+        seeds,
+        labels,
+        batch_size=batch_size,
+        known=wanted.known(len(seeds)),
+        loops=wanted.loops,
+        backward=wanted.backward,
+    )
+    extra = wanted.plan.num_frames * generator.factor - wanted.num_frames
+    if wanted.loops:
+        yield from generator.loop(pieces)
+        return
+    if wanted.backward:
+        # Made from the last to the first. Latents are small: they are kept until the first is there.
+        pieces = iter([torch.cat(list(pieces), dim=2).flip(2)])
+    ends = [
+        None if latents is None else latents.expand(len(seeds), -1, -1, -1, -1)
+        for latents in (wanted.known_first, wanted.known_then)
+    ]
+    video = generator.decode(pieces, before=ends[0], after=ends[1])
+    yield from without_ends(video, extra if wanted.backward else 0, 0 if wanted.backward else extra)
+
+
+class Windows:
+    """Finished windows of unfinished samples, on the disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def get(self, seed: int, window: "Window") -> "Tensor | None":
+        """Latents ``c t h w`` of one sample's window, if they are there."""
+        return self._pieces(seed).get(_name(window))
+
+    def put(self, seed: int, window: "Window", latents: "Tensor") -> None:
+        """Keeps latents ``c t h w``."""
+        self._pieces(seed).put(_name(window), latents)
+
+    def remove(self, seeds: Sequence[int]) -> None:
+        """Removes those of finished samples."""
+        for seed in seeds:
+            self._pieces(seed).remove()
+
+    def _pieces(self, seed: int) -> "Pieces":
+        from .data.pieces import Pieces
+
+        return Pieces(self.folder / f"{seed:06d}")
+
+
+def _name(window: "Window") -> str:
+    return f"level_{window.level}_window_{window.number:06d}"
+
+
+def plan_in_words(cfg: DictConfig, wanted: Wanted, levels: Sequence[LevelChoice]) -> str:
+    """What will be made from what, how many calls of the network that takes, and about how long."""
+    plan, factor = wanted.plan, levels[0].model.autoencoder.downsample[0]
+    at_once = min(cfg.batch_size, cfg.num_samples)
+    groups = -(-cfg.num_samples // at_once)
+    lines = [
+        f"plan {cfg.plan.kind}: {wanted.num_frames:,} frames = {plan.num_frames:,} latent frames of "
+        f"{factor}, "
+        f"{cfg.num_samples} sample(s)"
+    ]
+    total_calls, seconds = 0, 0.0
+    batches = [0] * len(levels)
+    widest = [0] * len(levels)
+    for batch in plan.batches(max(cfg.batch_size // at_once, 1)):
+        number = batch.windows[0].level
+        batches[number] += 1
+        widest[number] = max(widest[number], len(batch.windows))
+    for i, (level, count) in enumerate(zip(levels, plan.counts(), strict=True)):
+        generator = level.generator
+        calls = groups * batches[i] * generator.num_calls
+        total_calls += calls
+        rows = at_once * widest[i]
+        seconds += calls * generator.seconds_of_call(rows, level.stride)
+        apart = f"{level.stride} apart" if level.stride > 1 else "one after another"
+        how = (
+            "filling the gaps of the level above"
+            if i > 0
+            else f"each continuing the last {plan.num_given}"
+            if plan.num_given
+            else "knowing nothing of each other"
+        )
+        lines.append(
+            f"  level {i}: {count:,} windows of {plan.levels[i].window} latent frames {apart}, {how}; up "
+            f"to {rows} at once: "
+            f"{calls:,} calls of the network"
+        )
+    lines.append(f"  {total_calls:,} calls, about {in_words(seconds)} on one process, and the decoding")
+    return "\n".join(lines)
+
+
+def in_words(seconds: float) -> str:
+    """A duration for people."""
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def write_plan(wanted: Wanted, path: Path) -> None:
+    """Draws the plan's first windows into an SVG file."""
+    from .data.storage import atomic_path
+    from .reporting.plans import draw_plan
+
+    with atomic_path(path) as part:
+        part.write_bytes(draw_plan(wanted.plan, list(islice(wanted.plan.windows(), 60))))
+    print(f"drawn: {path}")
 
 
 def labels_of(model: "DiffusionModel", seeds: Sequence[int], choice: Any) -> "Tensor | None":
@@ -127,9 +284,18 @@ def labels_of(model: "DiffusionModel", seeds: Sequence[int], choice: Any) -> "Te
 
 def recipe(cfg: DictConfig, weights: str, num_frames: int) -> dict[str, Any]:
     """All that decides what a sample of a given seed looks like."""
+    from .data.video import sha256_of
+    from .model_folder import fingerprint
+
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    decisive = ("sampler", "guidance", "plan", "labels", "noise_level")
-    return {"weights_sha256": weights, "num_frames": num_frames} | {key: plain[key] for key in decisive}
+    decisive = ["sampler", "guidance", "plan", "labels", "noise_level"]
+    decisive += ["interpolation", "direction", "loop", "decoding_window"]
+    made_by = {"weights_sha256": weights, "num_frames": num_frames} | {key: plain[key] for key in decisive}
+    filler = plain["interpolation"].pop("model")
+    if filler is not None:
+        made_by["interpolation_sha256"] = fingerprint(Path(filler))
+    videos = plain["video"] if isinstance(plain["video"], list) else [plain["video"]]
+    return made_by | {"videos_sha256": [sha256_of(Path(video)) for video in videos if video is not None]}
 
 
 def refuse_other_samples(folder: Path, made_by: dict[str, Any]) -> None:
@@ -149,38 +315,43 @@ def refuse_other_samples(folder: Path, made_by: dict[str, Any]) -> None:
         )
 
 
-def _describe(
+def describe(
     cfg: DictConfig,
     model: "DiffusionModel",
     folder: Path,
     made_by: dict[str, Any],
-    paths: list[Path],
-    seeds: list[int],
+    paths: dict[int, Path],
 ) -> None:
-    """Writes ``samples.json`` and ``contact_sheet.png``."""
-    from .data.storage import atomic_path
-    from .data.video import contact_sheet, read_clip
+    """Writes ``samples.json``: how the samples are made, and those that are there, by seed."""
+    from .data.storage import write_json
 
-    labels, num_frames = labels_of(model, seeds, cfg.labels), made_by["num_frames"]
+    labels = labels_of(model, list(paths), cfg.labels)
     entries = [
         {"file": path.name, "seed": seed}
         | ({} if labels is None else {"class": model.data.classes[int(labels[i])]})
-        for i, (path, seed) in enumerate(zip(paths, seeds, strict=True))
+        for i, (seed, path) in enumerate(paths.items())
     ]
-    description = {
-        "model": str(cfg.model),
-        "step": model.step,
-        "num_frames": num_frames,
-        "fps": model.data.fps,
-        "guidance_scale": cfg.guidance.scale,
-        "made_by": made_by,
-        "samples": entries,
-    }
-    with atomic_path(folder / "samples.json") as part:
-        part.write_text(json.dumps(description, indent=1))
+    write_json(
+        folder / "samples.json",
+        {
+            "model": str(cfg.model),
+            "step": model.step,
+            "num_frames": made_by["num_frames"],
+            "fps": model.data.fps,
+            "guidance_scale": cfg.guidance.scale,
+            "made_by": made_by,
+            "samples": entries,
+        },
+    )
+
+
+def write_contact_sheet(path: Path, videos: Sequence[Path], num_frames: int) -> None:
+    """A picture of frames of the first few videos, from left to right."""
+    from .data.video import contact_sheet, read_clip
+
     stride = max(1, num_frames // 16)
-    shown = [read_clip(path, 0, min(num_frames // stride, 16), stride) for path in paths[:12]]
-    (folder / "contact_sheet.png").write_bytes(contact_sheet(shown, num_columns=len(shown[0])))
+    shown = [read_clip(video, 0, min(num_frames // stride, 16), stride) for video in videos[:12]]
+    path.write_bytes(contact_sheet(shown, num_columns=len(shown[0])))
 
 
 if __name__ == "__main__":

@@ -292,20 +292,30 @@ def stage_of(
 
 
 def unet_node(
-    node: dict[str, Any], window: tuple[int, int, int, int], masking: "FrameMasking", num_classes: int
+    node: dict[str, Any],
+    window: tuple[int, int, int, int],
+    masking: "FrameMasking",
+    num_classes: int,
+    num_strides: int = 1,
 ) -> dict[str, Any]:
     """The U-Net's node with what objects can tell: channels, and what the network is told beside the time.
 
     The table of noise levels has a row more than there are levels, as the released networks' has.
     """
-    perturbed = masking.gives_frames and masking.max_noise_level > 0
-    return node | {
-        "in_channels": window[0],
-        "out_channels": window[0],
-        "mask_channel": masking.gives_frames,
-        "num_noise_levels": masking.max_noise_level + 1 if perturbed else 0,
-        "num_classes": num_classes,
-    }
+    per_frame = masking.is_perturbed and masking.noise_level_per_frame
+    told: dict[str, Any] = {"num_strides": num_strides} if num_strides > 1 else {}
+    told |= {"frame_noise_embedding": True} if per_frame else {}
+    return (
+        node
+        | told
+        | {
+            "in_channels": window[0],
+            "out_channels": window[0],
+            "mask_channel": masking.gives_frames,
+            "num_noise_levels": masking.max_noise_level + 1 if masking.is_perturbed and not per_frame else 0,
+            "num_classes": num_classes,
+        }
+    )
 
 
 def _autoencoder_stage(
@@ -340,13 +350,18 @@ def _diffusion_stage(
     cfg: DictConfig, data: "DataRecord", accelerator: "Accelerator"
 ) -> tuple["Stage", SaveModel]:
     from .diffusion.parameterization import Parameterization
+    from .diffusion.strides import LatentStrides
     from .generation import VideoGenerator
     from .model_folder import masking_of, save_diffusion, start_from
     from .models.unet import UNet3d
 
     autoencoder = build(cfg.autoencoder).to(accelerator.device)
-    window = autoencoder.latent_shape(data.num_frames, *data.resolution)
+    c, num_latents, h, w = autoencoder.latent_shape(data.num_frames, *data.resolution)
     plain = _plain(cfg)
+    listed = plain["latent_strides"]
+    latent_strides = LatentStrides(tuple(listed if isinstance(listed, list) else [listed]))
+    latent_strides.check(num_latents, autoencoder.downsample[0])
+    window = (c, latent_strides.window(num_latents), h, w)
     masking = masking_of(plain["conditioning"])
     if masking.gives_frames:
         masking.check(window[1])
@@ -356,7 +371,8 @@ def _diffusion_stage(
             f"class_conditional=true needs a data set with classes, got {data.name} with {num_classes}; "
             "put each class into a folder of its own, or use class_conditional=false"
         )
-    node = unet_node(plain["unet"], window, masking, num_classes)
+    num_strides = len(latent_strides.strides)
+    node = unet_node(plain["unet"], window, masking, num_classes, num_strides)
     parameterization = Parameterization(build(cfg.noise_schedule), cfg.prediction_type).to(accelerator.device)
     sampler = build(cfg.sampler)
 
@@ -372,6 +388,8 @@ def _diffusion_stage(
             has_labels=num_classes > 0,
             max_noise_level=masking.max_noise_level if masking.gives_frames else 0,
             noise_level=0,
+            strides=latent_strides.strides,
+            noise_level_per_frame=masking.noise_level_per_frame,
         )
 
     unet = build(node)
@@ -398,6 +416,7 @@ def _diffusion_stage(
         has_labels=num_classes > 0,
         generator=generator,
         seed=cfg.seed,
+        latent_strides=latent_strides,
     )
     config = {
         "unet": node,
@@ -406,6 +425,7 @@ def _diffusion_stage(
         "conditioning": plain["conditioning"],
         "class_conditional": num_classes > 0,
         "window": list(window),
+        "latent_strides": list(latent_strides.strides),
     }
 
     def save_model(folder: Path, weights: "Weights", step: int) -> None:

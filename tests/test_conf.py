@@ -189,6 +189,13 @@ def of_machine(option: str) -> Any:
 
 
 def of_experiment(option: str) -> Any:
+    if option.startswith("long_"):
+        cfg = composed("sample", f"+experiment={option}")
+        check(cfg, SampleConfig)
+        trained = [cfg.model, cfg.interpolation.model] if cfg.interpolation.model else [cfg.model]
+        for folder in trained:
+            assert (CONF / "experiment" / f"{Path(folder).parent.name}.yaml").is_file()
+        return OmegaConf.to_yaml(cfg)
     cfg = composed("train", f"+experiment={option}")
     check(cfg, TrainConfig)
     assert cfg.name == option, "an experiment's run folder carries its name"

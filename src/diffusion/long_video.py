@@ -1,68 +1,283 @@
-"""Videos longer than the model's window, made piece by piece over latents."""
+"""Videos longer than the model's window: which latent frames are made from which, and by whom."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-SampleWindow = Callable[[int, Tensor | None], Tensor]
 
-
-def autoregressive(
-    sample_window: SampleWindow, num_frames: int, window: int, num_given: int
-) -> Iterator[Tensor]:
-    """Latents of a long video, each window conditioned on the end of the one before (LVDM, section 3.4).
-
-    Pieces are yielded as they are made, so memory doesn't grow with the length.
+@dataclass(frozen=True)
+class Window:
+    """Latent frames that are made at once.
 
     Args:
-        sample_window: ``(index, given)`` gives a window ``b c t h w`` of latents; ``given`` holds the
-            leading latent frames ``b c num_given h w``, None for the first window.
-        num_frames: latent frames in all.
-        window: latent frames that the model makes at once.
-        num_given: latent frames on which each further window is conditioned.
+        level: of the plan, 0 is the coarsest.
+        number: among the windows of its level; takes part in the random numbers.
+        frames: positions in the video, in latent frames; what lies outside the video is made and dropped.
+        given: those of them that are known before.
+    """
 
-    Yields:
-        Latents ``b c t h w``; together they have exactly ``num_frames`` latent frames.
+    level: int
+    number: int
+    frames: tuple[int, ...]
+    given: tuple[int, ...]
+
+    @property
+    def made(self) -> tuple[int, ...]:
+        """The positions that this window adds."""
+        return tuple(position for position in self.frames if position not in self.given)
+
+    @property
+    def pattern(self) -> tuple[int, ...]:
+        """Which of its frames are given, counted from its first."""
+        return tuple(i for i, position in enumerate(self.frames) if position in self.given)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution in time.
+
+    Args:
+        stride: latent frames of the video from one frame to the next.
+        window: frames that the model makes at once.
+    """
+
+    stride: int
+    window: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows that need nothing from each other.
+
+    Args:
+        windows: of one level.
+        oldest: the first position that any later window may still need.
+    """
+
+    windows: tuple[Window, ...]
+    oldest: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every window of a long video, in an order in which memory doesn't grow with its length.
+
+    Windows of the first level follow each other, each continuing the last ``num_given`` frames so far (LVDM,
+    section 3.4); with ``num_given=0`` they know nothing of each other. Every further level fills the gaps of
+    the one before, whose frames are given at both ends of a gap.
+
+    The video's latent frames are numbered from 0; what is known before is at -1, -2, ….
+
+    Args:
+        levels: coarsest first; the last one has stride 1.
+        num_frames: latent frames to be made.
+        num_given: frames of the first level that each window of it continues.
+        continues: whether frames before the first are known; enough of them: ``num_known``.
+        closes: whether the frame after the last is known.
 
     Raises:
-        ValueError: unless ``0 < num_given < window`` and at least one frame is asked for.
+        ValueError: for levels that don't fit each other, and for lengths that can't be closed.
     """
-    if not 0 < num_given < window:
-        raise ValueError(
-            f"num_given must be from 1 to {window - 1} (the window has {window}), got {num_given}"
-        )
-    if num_frames < 1:
-        raise ValueError(f"num_frames must be at least 1, got {num_frames}")
-    given: Tensor | None = None
-    made, index = 0, 0
-    while made < num_frames:
-        latents = sample_window(index, given)
-        fresh = latents if given is None else latents[:, :, num_given:]
-        fresh = fresh[:, :, : num_frames - made]
-        yield fresh
-        given = latents[:, :, -num_given:]
-        made += fresh.shape[2]
-        index += 1
+
+    levels: tuple[Level, ...]
+    num_frames: int
+    num_given: int
+    continues: bool = False
+    closes: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {self.num_frames}")
+        strides, first = [level.stride for level in self.levels], self.levels[0]
+        if strides != sorted(set(strides), reverse=True) or strides[-1] != 1:
+            raise ValueError(
+                f"the levels' strides must decrease to 1, got {strides}: a model that makes every latent "
+                "frame has to fill the last gaps"
+            )
+        if not 0 <= self.num_given < first.window:
+            raise ValueError(
+                f"num_given must be from 0 to {first.window - 1} (the window has {first.window} latent "
+                f"frames), got {self.num_given}"
+            )
+        if self.num_given == 0 and (self.continues or self.closes):
+            raise ValueError("to continue or to close a video, num_given must be at least 1")
+        for coarse, fine in zip(self.levels, self.levels[1:], strict=False):
+            ratio = coarse.stride / fine.stride
+            if not ratio.is_integer() or (fine.window - 1) % ratio:
+                raise ValueError(
+                    f"windows of {fine.window} latent frames {fine.stride} apart can't fill gaps between "
+                    f"frames {coarse.stride} apart: {fine.stride} times {fine.window - 1} must be a multiple "
+                    f"of {coarse.stride}"
+                )
+        if self.closes:
+            self._check_closing()
+
+    @property
+    def num_known(self) -> int:
+        """How many latent frames before the first have to be known."""
+        return (self.num_given - 1) * self.levels[0].stride + 1 if self.continues else 0
+
+    def counts(self) -> list[int]:
+        """How many windows each level has."""
+        first = sum(1 for _ in self._chain())
+        return [first, *(self._num_fillings(level) for level in range(1, len(self.levels)))]
+
+    def windows(self) -> Iterator[Window]:
+        """All windows, in an order in which what is given has been made."""
+        for batch in self.batches(1):
+            yield from batch.windows
+
+    def batches(self, at_once: int) -> Iterator[Batch]:
+        """All windows, up to so many of a level together."""
+        todo = [self._grouped(level, at_once) for level in range(len(self.levels))]
+        ahead: list[tuple[Window, ...] | None] = [next(groups, None) for groups in todo]
+        made = [-1] * len(self.levels)
+
+        def reach(level: int, position: int) -> Iterator[Batch]:
+            while made[level] < position and (group := ahead[level]) is not None:
+                if level > 0:
+                    yield from reach(level - 1, group[-1].given[-1])
+                ahead[level] = next(todo[level], None)
+                made[level] = group[-1].frames[-1]
+                later = [other[0].frames[0] for other in ahead if other is not None]
+                yield Batch(group, min(later, default=self.num_frames))
+
+        yield from reach(len(self.levels) - 1, self.num_frames - 1)
+
+    @property
+    def _anchor(self) -> int:
+        """Where each level has a frame."""
+        return -1 if self.continues else 0
+
+    def _needed(self, level: int) -> int:
+        """The last frame of a level that has to be there, counted in its stride from the anchor."""
+        if level == len(self.levels) - 1:
+            return self.num_frames - self._anchor - (0 if self.closes else 1)
+        finer = self.levels[level + 1]
+        gaps = (finer.window - 1) * finer.stride // self.levels[level].stride
+        return self._num_fillings(level + 1) * gaps
+
+    def _num_fillings(self, level: int) -> int:
+        return -(-self._needed(level) // (self.levels[level].window - 1))
+
+    def _check_closing(self) -> None:
+        """Every level must have a frame where the known one is, and room for the last window before it."""
+        first = self.levels[0]
+        multiple = math.lcm(first.stride, *(fine.stride * (fine.window - 1) for fine in self.levels[1:]))
+        # The first window of a loop ends before its first frame comes again.
+        least = first.stride * (first.window - 1 if self.continues else first.window + 1)
+        span = self.num_frames - self._anchor
+        if span % multiple == 0 and span >= least:
+            return
+        above = -(-max(span, least) // multiple) * multiple
+        fitting = [below for below in [span // multiple * multiple] if below >= least] + [above]
+        numbers = " or ".join(str(span + self._anchor) for span in fitting)
+        raise ValueError(f"{self.num_frames} latent frames can't be closed with these windows; use {numbers}")
+
+    def _grouped(self, level: int, at_once: int) -> Iterator[tuple[Window, ...]]:
+        windows = self._chain() if level == 0 else self._fillings(level)
+        independent = level > 0 or self.num_given == 0
+        group: list[Window] = []
+        for window in windows:
+            group.append(window)
+            if len(group) == (at_once if independent else 1):
+                yield tuple(group)
+                group = []
+        if group:
+            yield tuple(group)
+
+    def _chain(self) -> Iterator[Window]:
+        """The first level."""
+        stride, length = self.levels[0].stride, self.levels[0].window
+        done = 0 if self.continues else -1
+        last = self._needed(0)
+        number = 0
+        while done < last - self.closes:
+            begin = 0 if done < 0 else done - self.num_given + 1
+            given = list(range(begin, done + 1))
+            if self.closes and begin + length > last - 1:
+                begin = last - length + 1
+                given = [*range(begin, done + 1), last]
+            yield self._window(0, number, range(begin, begin + length), given, stride)
+            done, number = begin + length - 1, number + 1
+
+    def _fillings(self, level: int) -> Iterator[Window]:
+        stride, length = self.levels[level].stride, self.levels[level].window
+        ratio = self.levels[level - 1].stride // stride
+        for number in range(self._num_fillings(level)):
+            frames = range(number * (length - 1), number * (length - 1) + length)
+            yield self._window(level, number, frames, frames[::ratio], stride)
+
+    def _window(
+        self, level: int, number: int, frames: Sequence[int], given: Sequence[int], stride: int
+    ) -> Window:
+        def at(indices: Sequence[int]) -> tuple[int, ...]:
+            return tuple(self._anchor + stride * index for index in indices)
+
+        return Window(level, number, at(frames), at(given))
 
 
-def num_windows(num_frames: int, window: int, num_given: int) -> int:
-    """How many windows :func:`autoregressive` makes for so many latent frames."""
-    return 1 + max(0, -(-(num_frames - window) // (window - num_given)))
+SampleWindows = Callable[[Sequence[Window], Tensor | None, Tensor | None], Tensor]
+"""Makes windows of one level: from their given latents ``w b c t h w`` and their mask ``w 1 1 t 1 1`` (both
+None if nothing is given) come latents ``w b c t h w``."""
 
 
-def leading_mask(given: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Given leading frames, padded to a window, and their mask.
+def carry_out(
+    plan: Plan,
+    sample: SampleWindows,
+    *,
+    known: Mapping[int, Tensor] | None = None,
+    at_once: int = 1,
+    loops: bool = False,
+    backward: bool = False,
+) -> Iterator[Tensor]:
+    """Latents of a long video, piece by piece; memory doesn't grow with the length.
 
     Args:
-        given: ``b c n h w``.
-        window: latent frames of the window.
+        plan: what is made from what.
+        sample: makes windows.
+        known: latents ``b c h w`` by position, for a plan that continues or closes.
+        at_once: how many windows are made together, where they need nothing from each other.
+        loops: whether the frame after the last is the first, for a plan that closes.
+        backward: whether time runs backwards: position 0 is then the last frame, and -1 the one after it.
 
-    Returns:
-        Latents ``b c window h w`` (zero after the first n frames) and mask ``b 1 window h w``.
+    Yields:
+        Latents ``b c t h w`` in the order of positions; together ``plan.num_frames`` frames.
     """
-    b, c, n, h, w = given.shape
-    latents = given.new_zeros(b, c, window, h, w)
-    latents[:, :, :n] = given
-    mask = given.new_zeros(b, 1, window, h, w)
-    mask[:, :, :n] = 1.0
-    return latents, mask
+    latents = dict(known or {})
+    ready = 0
+    for batch in plan.batches(at_once):
+        order = slice(None, None, -1) if backward else slice(None)
+        rows = [window.frames[order] for window in batch.windows]
+        given = mask = None
+        if any(window.given for window in batch.windows):
+            nothing = torch.zeros_like(next(iter(latents.values())))
+            told = [[p in window.given for p in row] for window, row in zip(batch.windows, rows, strict=True)]
+            given = torch.stack(
+                [
+                    torch.stack(
+                        [latents[p] if is_given else nothing for p, is_given in zip(row, flags, strict=True)],
+                        dim=2,
+                    )
+                    for row, flags in zip(rows, told, strict=True)
+                ]
+            )
+            mask = given.new_tensor(told).reshape(len(rows), 1, 1, -1, 1, 1)
+        made = sample(batch.windows, given, mask)
+        for window, row, frames in zip(batch.windows, rows, made, strict=True):
+            for position, frame in zip(row, frames.unbind(2), strict=True):
+                if position not in window.given:
+                    # A copy: a view would keep the whole batch in memory.
+                    latents[position] = frame.clone()
+        if loops and 0 in latents:
+            latents[plan.num_frames] = latents[0]
+        begin = ready
+        while ready < plan.num_frames and ready in latents:
+            ready += 1
+        if ready > begin:
+            yield torch.stack([latents[p] for p in range(begin, ready)], dim=2)
+        for position in [p for p in latents if p < min(batch.oldest, ready)]:
+            del latents[position]

@@ -36,7 +36,7 @@ def denoising_loss(
         error: of each element of ``prediction - target``: ``torch.square`` or ``torch.abs``.
         weights: of each time's loss, float64 ``(num_timesteps,)``; None weighs all alike.
         given_noise: ``b c t h w``, by which the given latents were perturbed to the condition's noise level
-            (of at least 0 in every clip).
+            (of at least 0 in every clip, or at every given frame).
 
     Returns:
         One loss a clip, shape ``b``.
@@ -49,7 +49,7 @@ def denoising_loss(
     if given_noise is not None:
         if frames is None:
             raise ValueError("given_noise needs given frames, got a condition without frames")
-        given_target = parameterization.target(latents, given_noise, frames.noise_level)
+        given_target = parameterization.target(latents, given_noise, frames.noise_level.clamp(min=0))
         target = torch.where(frames.mask > 0, given_target, target)
     prediction = denoiser(parameterization.add_noise(latents, noise, timesteps), timesteps, condition)
     errors = error(prediction.to(target.dtype) - target).mean(dim=1, keepdim=True)

@@ -59,9 +59,15 @@ class Parameterization:
         return Parameterization(self.alphas_cumprod.to(device), self.prediction_type)
 
     def coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Signal and noise coefficients ``sqrt(a), sqrt(1 - a)``, shaped to multiply ``like``."""
+        """Signal and noise coefficients ``sqrt(a), sqrt(1 - a)``, shaped to multiply ``like``.
+
+        Times are ``b``, or ``b t`` for frames ``b c t h w`` that have their own.
+        """
         alpha = self.alphas_cumprod.to(timesteps.device)[timesteps]
-        alpha = alpha.reshape(-1, *[1] * (like.ndim - 1))
+        if timesteps.ndim == 2:
+            alpha = alpha[:, None, :, None, None]
+        else:
+            alpha = alpha.reshape(-1, *[1] * (like.ndim - 1))
         return alpha.sqrt().to(like.dtype), (1.0 - alpha).sqrt().to(like.dtype)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -303,6 +303,8 @@ def unet_differences(unet: UNet3d) -> list[str]:
     ][:1]
     if unet.num_noise_levels and unet.num_classes:
         found.append("noise levels and classes in one network")
+    if unet.num_strides:
+        found.append("several latent strides in one network")
     for module in unet.modules():
         if isinstance(module, AttentionBlock) and [view.tokens.spans_time for view in views(module)] != [
             False,

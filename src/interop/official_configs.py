@@ -1,7 +1,7 @@
 """Configs of the released LVDM code, its keyword arguments, as our constructors' arguments and back."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..diffusion.conditioning import FrameMasking
@@ -90,6 +90,15 @@ def window_from_official(params: Config) -> tuple[int, int, int, int]:
         raise ValueError("the config tells neither image_size nor video_length (or temporal_length)")
     h, w = (size, size) if isinstance(size, int) else size
     return params.get("channels", unet["out_channels"]), int(length), int(h), int(w)
+
+
+# The released code takes every fourth latent frame whenever a stride is set.
+OFFICIAL_STRIDE = 4
+
+
+def strides_from_official(params: Config) -> list[int]:
+    """Distances between the latent frames that the network sees, from `latent_frame_strde` (its spelling)."""
+    return [OFFICIAL_STRIDE] if params.get("latent_frame_strde") else [1]
 
 
 def masking_from_official(params: Config) -> FrameMasking:
@@ -317,6 +326,16 @@ def official_schedule(schedule: Schedule) -> dict[str, Any] | None:
     return told if same else None
 
 
+def conditioning_differences(masking: FrameMasking, latent_strides: Sequence[int]) -> list[str]:
+    """What the released code can't express about given frames and the distance between frames."""
+    found = []
+    if masking.is_perturbed and masking.noise_level_per_frame:
+        found.append("noise levels of single frames (conditioning.noise_level_per_frame)")
+    if list(latent_strides) not in ([1], [OFFICIAL_STRIDE]):
+        found.append(f"latent_strides={list(latent_strides)} ([1] and [{OFFICIAL_STRIDE}] can be expressed)")
+    return found
+
+
 def process_differences(schedule: Schedule, prediction_type: PredictionType) -> list[str]:
     """What the released code can't express about a schedule and a prediction."""
     found = []
@@ -337,6 +356,7 @@ def latent_diffusion_config(
     masking: FrameMasking,
     window: tuple[int, int, int, int],
     averaged: bool,
+    latent_strides: Sequence[int] = (1,),
 ) -> dict[str, Any]:
     """The original's `{params}` of a latent diffusion model.
 
@@ -349,11 +369,15 @@ def latent_diffusion_config(
         masking: which frames were given in training.
         window: latent shape (c, t, h, w) of a training clip.
         averaged: whether the checkpoint holds averaged weights.
+        latent_strides: distances between the latent frames that the network saw.
 
     Raises:
-        ValueError: if the released code can't express the schedule or the prediction.
+        ValueError: if the released code can't express the schedule, the prediction, the conditioning or the
+            strides.
     """
-    refuse_inexpressible(process_differences(schedule, prediction_type))
+    refuse_inexpressible(
+        process_differences(schedule, prediction_type) + conditioning_differences(masking, latent_strides)
+    )
     told = official_schedule(schedule)
     assert told is not None
     c, t, h, w = window
@@ -381,6 +405,7 @@ def latent_diffusion_config(
         }
         | dict(scale)
         | (conditioning if masking.gives_frames else {})
+        | ({} if list(latent_strides) == [1] else {"latent_frame_strde": OFFICIAL_STRIDE})
     }
 
 

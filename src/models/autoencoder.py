@@ -71,6 +71,11 @@ class LatentSpace(nn.Module):
         """The video `b c t h w` of raw latents."""
         raise NotImplementedError
 
+    @property
+    def decoding_context(self) -> int | None:
+        """How many latent frames on either side take part in the decoding of one; None if all do."""
+        raise NotImplementedError
+
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """The shape (c, t, h, w) of the latents of such a clip; ValueError if the clip can't be divided."""
         sizes = {"num_frames": num_frames, "height": height, "width": width}
@@ -270,6 +275,7 @@ class Autoencoder3d(LatentSpace):
         pt, ph, pw = patch_size
         super().__init__(in_channels, latent_channels, (downsample[0], downsample[1], downsample[2]))
         self.patch_size = (pt, ph, pw)
+        self.norm = norm
         z_channels = latent_channels if z_channels is None else z_channels
         strides = stage_strides(self.downsample, self.patch_size)
         normalization = NormFactory(norm, norm_groups, channels_per_group)
@@ -309,6 +315,25 @@ class Autoencoder3d(LatentSpace):
         return self.decode(posterior.sample(noise)), posterior
 
     @property
+    def decoding_context(self) -> int | None:
+        """How many latent frames on either side take part in the decoding of one; None if all do.
+
+        With `norm=clip` the statistics of normalization span the whole clip.
+        """
+        if self.norm == "clip":
+            return None
+        first, last = 0, self.downsample[0] // self.patch_size[0] - 1
+        for layer in reversed(list(self.decoder.modules())):
+            if isinstance(layer, SameConv3d):
+                reach = layer.kernel_size[0] // 2
+                first, last = first - reach, last + reach
+            elif isinstance(layer, SameConvTranspose3d):
+                stride, front = layer.stride[0], layer.pads[-2]
+                first = -(-first // stride) - front
+                last = (last + layer.kernel_size[0] - 1) // stride - front
+        return max(-first, last)
+
+    @property
     def last_layer(self) -> Tensor:
         """The weight of the decoder's last convolution, at which the adversarial loss is balanced."""
         return self.decoder.conv_out.weight
@@ -319,6 +344,11 @@ class IdentityAutoencoder3d(LatentSpace):
 
     def __init__(self, *, in_channels: int = 3) -> None:
         super().__init__(in_channels, in_channels, (1, 1, 1))
+
+    @property
+    def decoding_context(self) -> int | None:
+        """None is needed: frames are decoded one by one."""
+        return 0
 
     def encode(self, video: Tensor) -> Posterior:
         """The video itself, without deviation."""

@@ -125,9 +125,9 @@ class UNet3d(nn.Module):
 
     What may be told beside the time: `mask_channel` adds an input channel that marks given frames;
     `num_noise_levels` rows say how strongly those were perturbed; `num_classes` rows name the class;
-    `frame_noise_embedding` tells the perturbation only at the given frames, in the time's place (a route in
-    the released code that no released model took). `checkpoint` recomputes residual blocks in the backward
-    pass.
+    `num_strides` rows say how far apart frames lie; `frame_noise_embedding` tells the perturbation only at
+    the given frames, in the time's place (a route in the released code that no released model took).
+    `checkpoint` recomputes residual blocks in the backward pass.
 
     Raises ValueError on sizes that can't be.
     """
@@ -151,6 +151,7 @@ class UNet3d(nn.Module):
         mask_channel: bool = False,
         num_noise_levels: int = 0,
         num_classes: int = 0,
+        num_strides: int = 0,
         frame_noise_embedding: bool = False,
         dropout: float = 0.0,
         checkpoint: bool = False,
@@ -167,6 +168,7 @@ class UNet3d(nn.Module):
         self.mask_channel = mask_channel
         self.num_noise_levels = num_noise_levels
         self.num_classes = num_classes
+        self.num_strides = num_strides
         self.checkpoint = checkpoint
         self.size_multiple = 2 ** (len(channel_mult) - 1)
 
@@ -208,6 +210,7 @@ class UNet3d(nn.Module):
         self.time_embedding = time_mlp(model_channels, width)
         self.noise_level_embedding = OptionalEmbedding(num_noise_levels, width) if num_noise_levels else None
         self.label_embedding = OptionalEmbedding(num_classes, width) if num_classes else None
+        self.stride_embedding = OptionalEmbedding(num_strides, width) if num_strides else None
         self.frame_noise_embedding = time_mlp(model_channels, width) if frame_noise_embedding else None
 
         self.conv_in = conv(in_channels + mask_channel, model_channels)
@@ -253,19 +256,21 @@ class UNet3d(nn.Module):
         noise_level: Tensor | None = None,
         label: Tensor | None = None,
         frame_noise_level: Tensor | None = None,
+        stride: Tensor | None = None,
     ) -> Tensor:
         """The prediction `b c t h w` for noisy latents `b c t h w` at diffusion times `b`.
 
-        May be None: `mask` (`b 1 t h w`, 1 at given frames; None stands for zeros), `noise_level` and `label`
-        (int64 `b`, -1 where not told), `frame_noise_level` (int64 `b t`, -1 at frames that aren't given).
+        May be None: `mask` (`b 1 t h w`, 1 at given frames; None stands for zeros), `noise_level`, `label`
+        and `stride` (int64 `b`, -1 where not told), `frame_noise_level` (int64 `b t`, -1 at frames that
+        aren't given).
         Raises ValueError on shapes that don't fit, or on something told that the network has no ear for.
         """
-        self.check(noisy_latents, timesteps, mask, noise_level, label, frame_noise_level)
+        self.check(noisy_latents, timesteps, mask, noise_level, label, frame_noise_level, stride)
         x = noisy_latents
         if self.mask_channel:
             shown = torch.zeros_like(x[:, :1]) if mask is None else mask.to(x.dtype)
             x = torch.cat([x, shown], dim=1)
-        embedding = F.silu(self.embed(timesteps, noise_level, label, frame_noise_level))
+        embedding = F.silu(self.embed(timesteps, noise_level, label, frame_noise_level, stride))
 
         x = self.conv_in(channels_last(x))
         skips = [x]
@@ -285,6 +290,7 @@ class UNet3d(nn.Module):
         noise_level: Tensor | None,
         label: Tensor | None,
         frame_noise_level: Tensor | None,
+        stride: Tensor | None = None,
     ) -> Tensor:
         """All that the blocks are told beside the latents, `b t e`; t is 1 if frames are told the same."""
         embedding = self.embed_time(self.time_embedding, timesteps)[:, None]
@@ -295,6 +301,8 @@ class UNet3d(nn.Module):
             embedding = embedding + self.noise_level_embedding(noise_level)[:, None]
         if label is not None and self.label_embedding is not None:
             embedding = embedding + self.label_embedding(label)[:, None]
+        if stride is not None and self.stride_embedding is not None:
+            embedding = embedding + self.stride_embedding(stride)[:, None]
         return embedding
 
     def embed_time(self, mlp: nn.Module, times: Tensor) -> Tensor:
@@ -310,6 +318,7 @@ class UNet3d(nn.Module):
         noise_level: Tensor | None,
         label: Tensor | None,
         frame_noise_level: Tensor | None,
+        stride: Tensor | None,
     ) -> None:
         """Raises ValueError on input that the network can't take, saying what it can."""
         shape = tuple(noisy_latents.shape)
@@ -348,6 +357,10 @@ class UNet3d(nn.Module):
             if self.frame_noise_embedding is None:
                 raise ValueError("frame_noise_level was told to a network without frame_noise_embedding")
             expect_shape("frame_noise_level", frame_noise_level, (b, t))
+        if stride is not None:
+            if not self.num_strides:
+                raise ValueError("strides were told to a network with num_strides=0; pass stride=None")
+            expect_shape("stride", stride, (b,))
 
 
 def expect_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

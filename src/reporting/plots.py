@@ -14,8 +14,8 @@ from .runs import Curve
 _SMOOTH_FROM = 20
 # A quantity that spans more than this ratio is read on a logarithmic axis.
 _LOG_FROM = 20.0
-_COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#4a5568")
-_STYLE: Any = {
+COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#805ad5", "#b83280", "#4a5568")
+STYLE: Any = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "curves",
@@ -91,7 +91,7 @@ def draw(panel: Panel) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2, 2.5), layout="constrained")
         axes = figure.add_subplot()
         for (label, curve), color in zip(_by_level(panel.curves), _repeated(len(panel.curves)), strict=True):
@@ -123,4 +123,4 @@ def _by_level(curves: Mapping[str, Curve]) -> list[tuple[str, Curve]]:
 
 
 def _repeated(count: int) -> list[str]:
-    return [_COLORS[i % len(_COLORS)] for i in range(count)]
+    return [COLORS[i % len(COLORS)] for i in range(count)]

@@ -166,6 +166,19 @@ def converted_again(folder: Path) -> Path:
     return folder / "again"
 
 
+def test_the_stride_of_key_latents_goes_there_and_back(released: Path, tmp_path: Path) -> None:
+    described = plain_of(OmegaConf.load(released / "model.yaml"))
+    described["model"]["params"]["latent_frame_strde"] = 4
+    import_checkpoint(released / "model.ckpt", described, tmp_path / "first", True)
+    first = load_diffusion(str(tmp_path / "first"))
+    assert first.latent_strides == (4,) and first.window == (4, 4, 8, 8) and first.data.num_frames == 32
+    export(tmp_path / "first", tmp_path / "back.ckpt")
+    back = plain_of(OmegaConf.load(tmp_path / "back.yaml"))
+    assert back["model"]["params"]["latent_frame_strde"] == 4
+    import_checkpoint(tmp_path / "back.ckpt", back, tmp_path / "second", True)
+    assert load_diffusion(str(tmp_path / "second")).latent_strides == (4,)
+
+
 def test_windows_shorter_than_the_attentions_tables_stay_short(released: Path, tmp_path: Path) -> None:
     described = plain_of(OmegaConf.load(released / "model.yaml"))
     state, _ = read_checkpoint(released / "model.ckpt")
@@ -379,6 +392,21 @@ def test_what_the_released_code_cant_express_is_named(tmp_path: Path) -> None:
                 },
             },
             "the noise schedule rescale_to_zero_terminal_snr",
+        ),
+        ({"latent_strides": [2]}, r"latent_strides=\[2\] \(\[1\] and \[4\] can be"),
+        (
+            {
+                "conditioning": {
+                    "_target_": ".diffusion.conditioning.FrameMasking",
+                    "prediction": 0.5,
+                    "interpolation": 0.0,
+                    "num_given": [1],
+                    "max_noise_level": 10,
+                    "class_dropout": 0.0,
+                    "noise_level_per_frame": True,
+                }
+            },
+            "noise levels of single frames",
         ),
     ],
 )

@@ -55,10 +55,11 @@ def at(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder where both stages of the tiny experiment have been trained."""
+    """A folder where the tiny experiments of both stages, and of long videos, have been trained."""
     folder = tmp_path_factory.mktemp("tiny")
     verb(folder, "train", "+experiment=tiny_autoencoder", *at(folder))
     verb(folder, "train", "+experiment=tiny", *at(folder))
+    verb(folder, "train", "+experiment=tiny_long", *at(folder))
     return folder
 
 
@@ -79,6 +80,40 @@ def test_both_stages_leave_a_complete_run(home: Path) -> None:
     assert losses[-1] < 0.8 * losses[0]
     model = load_file(home / "runs/tiny/model/autoencoder/weights.safetensors")
     assert (model["latent_std"] - 1).abs().max() > 1e-3, "latent statistics were measured"
+
+
+def test_one_network_learns_both_levels_of_a_long_video(home: Path) -> None:
+    from src.model_folder import load_diffusion
+
+    run = home / "runs/tiny_long"
+    model = load_diffusion(str(run / "model"))
+    assert model.latent_strides == (4, 1) and model.window == (4, 5, 8, 8)
+    assert model.masking.prediction > 0 and model.masking.interpolation > 0
+    assert load_diffusion(str(home / "runs/tiny/model")).latent_strides == (1,)
+    (last,) = (row for row in rows(run) if "held_out/loss" in row)
+    by_stride = [last[f"held_out/loss_at_stride_{stride}"] for stride in (4, 1)]
+    assert last["held_out/loss"] == pytest.approx(sum(by_stride) / 2)
+    losses = [row["unet/loss"] for row in rows(run) if "unet/loss" in row]
+    assert losses[-1] < 0.95 * losses[0]
+
+
+def test_windows_go_on_from_a_state_to_the_same_bits(home: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs/tiny_long"
+    shutil.copytree(home / "runs/tiny_long", run)
+    autoencoder = home / "runs/tiny_autoencoder"
+    shutil.rmtree(run / "state/step_000000030")
+    shutil.rmtree(run / "model")
+    told = verb(
+        tmp_path, "train", "+experiment=tiny_long", *at(home)[1:], f"runs={tmp_path}/runs",
+        f"latents={autoencoder}/latents_long", f"autoencoder_from={autoencoder}/model",
+    ).stdout  # fmt: skip
+    assert "going on after step 15" in told
+    for file in ("modules", "averages", "optimizers"):
+        a, b = (
+            load_file(where / "state/step_000000030" / f"{file}.safetensors")
+            for where in (home / "runs/tiny_long", run)
+        )
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a), file
 
 
 def test_sample_17_is_sample_17_in_any_batch(home: Path) -> None:
@@ -159,7 +194,7 @@ def test_evaluation_and_page(home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["tiny_autoencoder", "tiny"])
+@pytest.mark.parametrize("experiment", ["tiny_autoencoder", "tiny", "tiny_long"])
 def test_killed_and_run_again_gives_the_same_bits(experiment: str, home: Path, tmp_path: Path) -> None:
     """kill -9 at some moment, then the same command: weights, state and logged losses as without the kill."""
     straight = home / "runs" / experiment
@@ -296,7 +331,7 @@ def test_two_processes_make_and_measure_the_same(home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["tiny_autoencoder", "tiny"])
+@pytest.mark.parametrize("experiment", ["tiny_autoencoder", "tiny", "tiny_long"])
 def test_two_processes_and_accumulation_change_rounding_only(experiment: str, home: Path) -> None:
     straight = home / "runs" / experiment
     common = [f"+experiment={experiment}", *at(home), "logger=jsonl"]
@@ -336,6 +371,13 @@ BAD = [
     (["train", "+experiment=tiny_autoencoder", "dataset.resolution=30"], "multiple of 4; use 28 or 32"),
     (["train", "+experiment=tiny_autoencoder", "dataset.num_frames=80"], "too short"),
     (["train", "+experiment=tiny_autoencoder", "train.micro_batch_size=3"], "must divide"),
+    (
+        ["train", "+experiment=tiny_long", "latent_strides=[1,4]"],
+        r"largest first, got \[1, 4\]; use \[4, 1\]",
+    ),
+    (["train", "+experiment=tiny_long", "latent_strides=[17]"], "1 of the clip's 17 .*dataset.num_frames=72"),
+    (["train", "+experiment=tiny_long", "latent_strides=[16,1]"], "2 of 2 .* smaller latent_strides"),
+    (["train", "+experiment=tiny_long", "latent_strides=[]"], "whole numbers of at least 1"),
     (["sample", "model=conf"], "expected config.yaml and weights.safetensors"),
     (["evaluate"], "either model="),
 ]

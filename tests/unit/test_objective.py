@@ -59,6 +59,26 @@ def test_given_noise_keeps_given_frames_with_the_target_of_their_own_level(predi
     torch.testing.assert_close(loss, target.abs().mean(dim=(1, 2, 3, 4)))
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v", "sample"])
+def test_frames_with_levels_of_their_own_are_denoised_each_from_its_own(prediction_type: str) -> None:
+    process = Parameterization(TABLE, prediction_type)
+    latents, noise, given_noise = randn(0), randn(1), randn(2)
+    levels = torch.tensor([[7, -1, -1, 200], [-1, 0, -1, -1], [-1, -1, -1, -1]])
+    mask = (levels >= 0).double()[:, None, :, None, None].expand(-1, 1, -1, 5, 5)
+    perturbed = process.add_noise(latents, given_noise, levels.clamp(min=0))
+    loss = denoising_loss(
+        zero, process, latents, noise, TIMES, Condition(GivenFrames(perturbed, mask, levels)),
+        error=torch.square, given_noise=given_noise,
+    )  # fmt: skip
+    target = process.target(latents, noise, TIMES).clone()
+    for clip, frame in ((0, 0), (0, 3), (1, 1)):
+        x, e, a = latents[clip, :, frame], given_noise[clip, :, frame], TABLE[levels[clip, frame]]
+        torch.testing.assert_close(perturbed[clip, :, frame], a.sqrt() * x + (1 - a).sqrt() * e)
+        own = {"epsilon": e, "sample": x, "v": a.sqrt() * e - (1 - a).sqrt() * x}
+        target[clip, :, frame] = own[prediction_type]
+    torch.testing.assert_close(loss, target.square().mean(dim=(1, 2, 3, 4)))
+
+
 def test_the_exact_prediction_costs_nothing() -> None:
     process = Parameterization(TABLE, "v")
     latents, noise = randn(0), randn(1)

@@ -7,14 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from src.data.sampler import Batch, LatentBatch
+from src.data.sampler import Batch, LatentBatch, clip_generator, randint_per_clip, randn_per_clip
 from src.diffusion import loss_weighting, noise_schedule
 from src.diffusion.conditioning import FrameMasking
+from src.diffusion.long_video import Level, Plan
 from src.diffusion.parameterization import Parameterization
 from src.diffusion.samplers import ddim
-from src.generation import VideoGenerator
+from src.generation import LongVideoGenerator, VideoGenerator
+from src.models.attention import AttentionBlock
 from src.models.autoencoder import Autoencoder3d, IdentityAutoencoder3d
 from src.models.discriminator import PatchDiscriminator
+from src.models.unet import UNet3d
 from src.stages.autoencoder import AutoencoderStage
 from src.stages.diffusion import DiffusionStage
 
@@ -90,6 +93,70 @@ def test_perturbation_noises_given_frames_to_the_level_that_is_told() -> None:
     assert noise.mean().item() == pytest.approx(0, abs=0.05) and noise.std().item() == pytest.approx(
         1, abs=0.05
     )
+
+
+def test_without_perturbation_the_loss_is_that_of_a_model_that_never_heard_of_it() -> None:
+    """To the last bit, for a real network: mask, clean frames in their places, and nothing told."""
+    torch.manual_seed(0)
+    unet = UNet3d(
+        in_channels=3, out_channels=3, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4,
+        attention=partial(AttentionBlock, views=("spatial", "temporal")), num_heads=2, mask_channel=True,
+    )  # fmt: skip
+    nn.init.normal_(unet.conv_out.weight)
+    stage = diffusion_stage(unet, "l2", prediction=0.4, interpolation=0.4, num_given=[1, 2])
+    batch = clips(range(16))
+    (update,) = stage.updates(stage.modules, batch, 0)
+
+    positions = batch.positions
+    noise = randn_per_clip((3, 4, 6, 6), 0, positions, "noise", "cpu")
+    timesteps = randint_per_clip(0, 1000, (), 0, positions, "timestep", "cpu")
+    masks = [stage.masking.mask(4, clip_generator(0, i, "mask")) for i in positions.tolist()]
+    mask = torch.stack(masks)[:, None, :, None, None].expand(-1, 1, -1, 6, 6)
+    assert 0 < mask.mean() < 1
+    noisy = torch.where(mask > 0, batch.video, PROCESS.add_noise(batch.video, noise, timesteps))
+    errors = (unet(noisy, timesteps, mask=mask) - noise).square().mean(1, keepdim=True) * (1 - mask)
+    losses = errors.flatten(1).sum(1) / (1 - mask).flatten(1).sum(1)
+    assert torch.equal(update.loss, losses.mean())
+
+
+def test_each_given_frame_may_have_a_level_of_its_own() -> None:
+    unet = Told()
+    stage = diffusion_stage(
+        unet, "l2", True, prediction=0.8, num_given=[2], max_noise_level=250, noise_level_per_frame=True
+    )  # fmt: skip
+    batch = clips(range(64))
+    (update,) = stage.updates(stage.modules, batch, 0)
+    (told,) = unet.told
+    levels, given = told["frame_noise_level"], told["mask"][:, 0, :, 0, 0] > 0
+    assert told["noise_level"] is None and torch.equal(levels >= 0, given) and 0 < given.sum() < 128
+    pairs = levels[given].reshape(-1, 2)
+    assert levels.max() < 250 and (pairs[:, 0] != pairs[:, 1]).double().mean() > 0.9
+    # Uniform on 0 … 249: mean 124.5, deviation 72.2.
+    assert pairs.double().mean().item() == pytest.approx(124.5, abs=3 * 72.2 / pairs.numel() ** 0.5)
+    noise = torch.empty_like(batch.video)
+    for clip in range(64):
+        for frame in range(4):
+            time = levels[clip, frame] if given[clip, frame] else told["timesteps"][clip]
+            alpha = PROCESS.alphas_cumprod[time].float()
+            spread = told["x"][clip, :, frame] - alpha.sqrt() * batch.video[clip, :, frame]
+            noise[clip, :, frame] = spread / (1 - alpha).sqrt()
+    assert noise[:, :, :2].std().item() == pytest.approx(1.0, abs=0.02)
+    assert update.loss.item() == pytest.approx(noise.square().mean().item(), rel=1e-4)
+    assert stage.evaluate(stage.modules, [batch])["loss"] == pytest.approx(1.0, abs=0.03)
+    assert all((call["frame_noise_level"] == -1).all() for call in unet.told[1:])
+
+
+def test_sampling_tells_the_chosen_level_at_the_given_frames() -> None:
+    sampled = Told()
+    generator = generator_of(
+        sampled, guidance_scale=1.5, max_noise_level=10, noise_level=7, noise_level_per_frame=True
+    )
+    generator.sample_window([1, 2], None, given=torch.ones(2, 3, 4, 6, 6), mask=leading(1))
+    expected = [[7, -1, -1, -1]] * 2 + [[-1] * 4] * 2
+    assert all(call["frame_noise_level"].tolist() == expected for call in sampled.told)
+    perturbed = sampled.told[0]["x"][:2, :, :1]
+    signal, spread = PROCESS.coefficients(torch.tensor([7, 7]), perturbed)
+    assert ((perturbed - signal) / spread).std().item() == pytest.approx(1.0, abs=0.15)
 
 
 def test_given_frames_in_the_loss_are_denoised_from_the_level_that_is_told() -> None:
@@ -175,8 +242,6 @@ def test_the_adversary_starts_when_told_and_weighs_by_the_gradients_of_the_step_
     second = list(stage.updates(stage.modules, batch, 3))
 
     # By hand, with the same weights: |gradient of the pixels| / |gradient of the opinion|, last layer.
-    from src.data.sampler import randn_per_clip
-
     autoencoder, discriminator = stage.modules["autoencoder"], stage.modules["discriminator"]
     noise = randn_per_clip(autoencoder.latent_shape(4, 16, 16), 0, batch.positions, "posterior", "cpu")
     reconstruction, _ = autoencoder(batch.video, noise)
@@ -220,8 +285,6 @@ def test_penalties_of_the_discriminator_have_their_closed_forms() -> None:
     # LeCAM pulls towards the logits of the step before, which are the same here, of the other side.
     real, fake = metrics[0]["real"].item(), metrics[0]["fake"].item()
     autoencoder, plane = autoencoder_stage().modules["autoencoder"], Plane()
-    from src.data.sampler import randn_per_clip
-
     noise = randn_per_clip(autoencoder.latent_shape(4, 16, 16), 0, batch.positions, "posterior", "cpu")
     with torch.no_grad():
         logits = plane(batch.video), plane(autoencoder(batch.video, noise)[0])
@@ -235,8 +298,6 @@ def test_penalties_of_the_discriminator_have_their_closed_forms() -> None:
 
 def test_each_part_of_the_loss_tells_the_norm_of_its_gradient() -> None:
     """The norms are those of losses of one part each; frozen averages stay frozen."""
-    from src.data.sampler import randn_per_clip
-
     clips = big_clips()
     stage = autoencoder_stage()
     stage.kl_weight, stage.adversarial_weight = 0.25, 0.5
@@ -330,26 +391,32 @@ def generator_of(unet: nn.Module, **changes: object) -> VideoGenerator:
     return VideoGenerator(**(values | changes))
 
 
+def leading(count: int) -> torch.Tensor:
+    """The mask of a window of four frames whose first are given."""
+    return (torch.arange(4) < count).float().reshape(1, 1, -1, 1, 1)
+
+
 def test_a_seed_is_a_sample_in_any_batch_and_order() -> None:
     generator = generator_of(Told())
     together = generator.sample_window([3, 17, 5], None)
     alone = generator.sample_window([17], None)
     torch.testing.assert_close(together[1:2], alone, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(together[0], together[1], atol=0.1)
-    assert not torch.allclose(generator.sample_window([17], None, index=1), alone, atol=0.1)
+    assert not torch.allclose(generator.sample_window([17], None, numbers=[1]), alone, atol=0.1)
 
 
 def test_given_frames_come_back_and_the_rest_is_generated() -> None:
-    given = torch.full((1, 3, 2, 6, 6), -0.25)
-    latents = generator_of(ExactMean()).sample_window([0], None, given=given)
-    assert torch.equal(latents[:, :, :2], given)
+    given = torch.full((1, 3, 4, 6, 6), -0.25)
+    latents = generator_of(ExactMean()).sample_window([0], None, given=given, mask=leading(2))
+    assert torch.equal(latents[:, :, :2], given[:, :, :2])
     torch.testing.assert_close(latents[:, :, 2:], torch.full((1, 3, 2, 6, 6), 0.5), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("num_frames, num_given", [(4, 1), (5, 1), (30, 2), (31, 3)])
 def test_long_videos_have_their_length_and_no_seams(num_frames: int, num_given: int) -> None:
-    pieces = list(generator_of(ExactMean()).long_video([0, 1], None, num_frames, num_given))
-    video = torch.cat(pieces, dim=2)
+    plan = Plan((Level(1, 4),), num_frames, num_given)
+    generator = LongVideoGenerator(plan, [generator_of(ExactMean())], decoding_window=4)
+    video = torch.cat(list(generator.decode(generator.latents([0, 1], None, batch_size=2))), dim=2)
     assert video.shape == (2, 3, num_frames, 6, 6)
     torch.testing.assert_close(video, torch.full_like(video, 0.5), rtol=0, atol=1e-3)
 
@@ -358,7 +425,9 @@ def test_what_was_never_trained_is_refused() -> None:
     with pytest.raises(ValueError, match="noise_level=5"):
         generator_of(Told(), noise_level=5)
     with pytest.raises(ValueError, match="conditioning=prediction"):
-        generator_of(Told(), gives_frames=False).sample_window([0], None, given=torch.zeros(1, 3, 1, 6, 6))
+        generator_of(Told(), gives_frames=False).sample_window([0], None, given=torch.zeros(1, 3, 4, 6, 6))
+    with pytest.raises(ValueError, match="latent frames 1 apart, not on frames 4 apart"):
+        generator_of(Told()).sample_window([0], None, stride=4)
 
 
 @pytest.mark.parametrize("level", [0, 7])
@@ -377,7 +446,7 @@ def test_unconditional_calls_are_told_what_training_tells(level: int) -> None:
     generator.sample_window([1, 2], None)
     assert all((call["noise_level"] == level).all() and not call["mask"].any() for call in sampled.told)
     sampled.told.clear()
-    generator.sample_window([1, 2], None, given=torch.zeros(2, 3, 1, 6, 6))
+    generator.sample_window([1, 2], None, given=torch.zeros(2, 3, 4, 6, 6), mask=leading(1))
     for call in sampled.told:
         assert (call["noise_level"] == level).all() and len(call["x"]) == 4
         assert call["mask"][:2, :, 0].all() and not call["mask"][2:].any()

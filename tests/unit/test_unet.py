@@ -245,11 +245,26 @@ ONE = torch.tensor([0, 0])
         ({"num_classes": 3}, {"label": ONE[:1]}, r"label must have shape \(2,\)"),
         ({}, {"noise_level": ONE}, "num_noise_levels=0"),
         ({}, {"frame_noise_level": ONE}, "without frame_noise_embedding"),
+        ({}, {"stride": ONE}, "num_strides=0"),
+        ({"num_strides": 2}, {"stride": ONE[:1]}, r"stride must have shape \(2,\)"),
     ],
 )
 def test_input_that_doesnt_fit_is_refused(latents, settings, arguments, message):
     with pytest.raises(ValueError, match=message):
         small(**settings)(**({"noisy_latents": latents, "timesteps": TIMES} | arguments))
+
+
+def test_the_stride_is_a_row_added_to_the_time(latents):
+    unet = small(num_strides=2)
+    told = torch.tensor([1, -1])
+    with torch.no_grad():
+        expected = unet.embed(TIMES, None, None, None)
+        expected[0, 0] += unet.stride_embedding.weight[1]
+    torch.testing.assert_close(unet.embed(TIMES, None, None, None, told), expected)
+    untold = unet(latents, TIMES)
+    seen = unet(latents, TIMES, stride=told)
+    torch.testing.assert_close(seen[1], untold[1])
+    assert not torch.allclose(seen[0], untold[0], atol=1e-3)
 
 
 def test_a_level_that_isnt_told_is_welcome_anywhere(latents):

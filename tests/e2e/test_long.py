@@ -1,0 +1,303 @@
+"""Long videos as a user makes them, by a network with random weights: lengths, interruptions, memory."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from src.config import build
+from src.data.video import probe, read_clip, write_video
+from src.model_folder import DataRecord, masking_of, save_autoencoder, save_diffusion
+from src.train import unet_node
+from tests.composing import composed
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model folders of `tiny_long`'s networks, and one of key latents only, with random weights."""
+    folder = tmp_path_factory.mktemp("long")
+    cfg = composed("train", "+experiment=tiny_long")
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    autoencoder_cfg = composed("train", "+experiment=tiny_autoencoder")
+    node: Any = OmegaConf.to_container(autoencoder_cfg.autoencoder, resolve=True)
+    torch.manual_seed(0)
+    autoencoder = build(node)
+    data = DataRecord("sprites", "0" * 64, 16, 1, [32, 32], 8.0, [])
+    save_autoencoder(folder / "autoencoder", autoencoder.state_dict(), node=node, data=data, step=1)
+    window = (autoencoder.latent_channels, 5, 8, 8)
+    masking = masking_of(plain["conditioning"])
+    for name, strides in (("model", [4, 1]), ("keys", [4]), ("dense", [1])):
+        unet_config = unet_node(plain["unet"], window, masking, 0, len(strides))
+        unet = build(unet_config)
+        for parameter in unet.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+        save_diffusion(
+            folder / name,
+            unet.state_dict(),
+            autoencoder=autoencoder.state_dict(),
+            autoencoder_node=plain["autoencoder"] | {"folder": str(folder / "autoencoder")},
+            config={
+                "unet": unet_config,
+                "noise_schedule": plain["noise_schedule"],
+                "prediction_type": plain["prediction_type"],
+                "conditioning": plain["conditioning"],
+                "class_conditional": False,
+                "window": list(window),
+                "latent_strides": strides,
+            },
+            data=DataRecord("sprites", "0" * 64, 68, 1, [32, 32], 8.0, []),
+            step=1,
+        )
+    return folder
+
+
+SHORT = ["plan=hierarchical", "num_frames=250", "guidance=lvdm", "noise_level=100"]
+LONG = [*SHORT, "num_frames=600", "sampler.num_sampling_steps=4"]
+FEW = ["sampler.num_sampling_steps=2", "num_samples=2", "machine=cpu"]
+
+
+def command(home: Path, *arguments: str) -> list[str]:
+    given = [] if any(argument.startswith("model=") for argument in arguments) else [f"model={home}/model"]
+    return [sys.executable, "-m", "src.sample", *given, *FEW, *arguments]
+
+
+def sample(home: Path, *arguments: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command(home, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def frames_of(path: Path) -> Any:
+    return read_clip(path, 0, probe(path).num_frames).astype(int)
+
+
+@pytest.fixture(scope="module")
+def hierarchical(home: Path) -> Path:
+    sample(
+        home,
+        "plan=hierarchical",
+        "num_frames=250",
+        "guidance=lvdm",
+        "noise_level=100",
+        f"output={home}/straight",
+    )
+    return home / "straight"
+
+
+def test_a_hierarchical_video_has_its_length_and_says_how_it_was_made(hierarchical: Path) -> None:
+    assert [probe(path).num_frames for path in sorted(hierarchical.glob("*.mp4"))] == [250, 250]
+    record = json.loads((hierarchical / "samples.json").read_text())
+    assert record["made_by"]["plan"]["kind"] == "hierarchical" and len(record["samples"]) == 2
+    assert sorted(path.name for path in hierarchical.iterdir()) == [
+        "contact_sheet.png", "sample_000000.mp4", "sample_000001.mp4", "samples.json"
+    ]  # fmt: skip
+    first, second = (frames_of(hierarchical / f"sample_00000{i}.mp4") for i in range(2))
+    assert abs(first - second).mean() > 1
+
+
+def test_what_is_there_is_not_made_again(home: Path, hierarchical: Path) -> None:
+    same = [
+        "plan=hierarchical",
+        "num_frames=250",
+        "guidance=lvdm",
+        "noise_level=100",
+        f"output={hierarchical}",
+    ]
+    stamp = (hierarchical / "sample_000001.mp4").stat().st_mtime_ns
+    (hierarchical / "sample_000000.mp4").unlink()
+    told = sample(home, *same).stdout
+    assert "(1 of them were there)" in told
+    assert (hierarchical / "sample_000001.mp4").stat().st_mtime_ns == stamp
+    refused = sample(home, *same, "interpolation.guidance_scale=2", check=False)
+    assert refused.returncode == 2 and "made in another way" in refused.stderr
+
+
+def test_the_plan_is_told_and_drawn_before_anything_is_made(home: Path) -> None:
+    told = sample(home, "plan=hierarchical", "num_frames=1024", "dry_run=true", f"output={home}/drawn").stdout
+    assert "1,024 frames = 256 latent frames" in told
+    assert re.search(r"level 0: 16 windows of 5 latent frames 4 apart.*: 32 calls", told)
+    assert re.search(r"level 1: 64 windows .* up to 16 at once: 16 calls", told)
+    assert [path.name for path in (home / "drawn").iterdir()] == ["plan.svg"]
+    assert b"the first 60 of 80 windows" in (home / "drawn/plan.svg").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def clip(home: Path) -> Path:
+    y, x = np.mgrid[:32, :32]
+    frames = np.stack([np.stack([4 * x + t, 3 * y + 2 * t, 128 + 0 * x], -1) for t in range(37)])
+    write_video(home / "clip.mp4", frames.astype(np.uint8), 8.0)
+    return home / "clip.mp4"
+
+
+GIVEN = {
+    "forward": (["num_frames=30"], 67, slice(0, 37), slice(0, 37)),
+    "forward keys": (["num_frames=64", "plan=hierarchical"], 101, slice(0, 37), slice(0, 37)),
+    "backward": (["num_frames=30", "direction=backward"], 67, slice(30, 67), slice(0, 37)),
+    "loop": (["num_frames=60", "loop=true", "plan=hierarchical"], 97, slice(0, 37), slice(0, 37)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_given_video_is_part_of_what_is_made(home: Path, clip: Path, name: str) -> None:
+    arguments, length, there, given = GIVEN[name]
+    folder = home / f"given_{name.replace(' ', '_')}"
+    sample(home, f"video={clip}", *arguments, f"output={folder}", "num_samples=1")
+    made = frames_of(folder / "sample_000000.mp4")
+    assert len(made) == length
+    # Encoded twice: what is compared are pictures, not bits.
+    assert abs(made[there] - frames_of(clip)[given]).mean() < 4
+
+
+@pytest.mark.slow
+def test_what_lies_between_two_videos_is_filled(home: Path, clip: Path) -> None:
+    sample(home, f"video=[{clip},{clip}]", "num_frames=12", f"output={home}/between", "num_samples=1")
+    made = frames_of(home / "between/sample_000000.mp4")
+    assert len(made) == 37 + 12 + 37
+    for there in (slice(0, 37), slice(49, 86)):
+        assert abs(made[there] - frames_of(clip)).mean() < 4
+
+
+@pytest.mark.slow
+def test_two_networks_are_one_plan(home: Path) -> None:
+    two = ["plan=hierarchical", "num_frames=64", f"model={home}/keys", f"interpolation.model={home}/dense"]
+    sample(home, *two, f"output={home}/two")
+    assert probe(home / "two/sample_000001.mp4").num_frames == 64
+    assert "interpolation_sha256" in json.loads((home / "two/samples.json").read_text())["made_by"]
+
+
+REFUSED = [
+    (["plan=flat", "plan.num_given=1"], "doesn't go with plan.kind=flat"),
+    (["plan.num_given=5", "num_frames=64"], "num_given must be from 0 to 4"),
+    (["direction=backward"], "needs video=FILE"),
+    (["video=nowhere.mp4"], "there is no nowhere.mp4"),
+    (["loop=true", "num_frames=41"], "must be a multiple of 4"),
+    (["loop=true", "num_frames=40", "plan=hierarchical"], "can't be closed by windows"),
+    (["guidance=lvdm", "guidance.interval=[9]"], "must be null or"),
+    (["plan=hierarchical", "interpolation.noise_level=[1,2]"], "lists 2 values for 1 level"),
+    (["interpolation.model=elsewhere"], "has nothing to do in plan=autoregressive"),
+    (["decoding_window=0"], "decoding_window must be at least 1"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_what_cannot_be_meant_is_refused_with_the_remedy(
+    home: Path, arguments: list[str], message: str
+) -> None:
+    done = sample(home, *arguments, f"output={home}/refused", check=False)
+    assert done.returncode == 2 and message in done.stderr.replace("\n", " ")
+    assert not (home / "refused").exists()
+
+
+@pytest.mark.slow
+def test_key_latents_alone_are_no_video(home: Path) -> None:
+    done = sample(home, f"model={home}/keys", "num_frames=64", f"output={home}/refused", check=False)
+    assert done.returncode == 2 and "makes key latents only (4 latent frames apart)" in done.stderr
+
+
+LONG = [
+    "plan=hierarchical",
+    "num_frames=600",
+    "guidance=lvdm",
+    "noise_level=100",
+    "sampler.num_sampling_steps=4",
+]
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_from_the_last_window(home: Path) -> None:
+    sample(home, *LONG, f"output={home}/whole")
+    folder = home / "killed"
+    process = subprocess.Popen(
+        command(home, *LONG, f"output={folder}"), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob(".unfinished/*/*.safetensors"))) < 40 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    windows = sorted(folder.glob(".unfinished/*/*.safetensors"))
+    assert windows and not list(folder.glob("*.mp4"))
+    windows[0].write_bytes(b"torn")
+    stamps = {path: path.stat().st_mtime_ns for path in windows[2:]}
+    done = sample(home, *LONG, f"output={folder}")
+    assert done.stdout.count("of them were there") == 0, "no video was finished"
+    for i in range(2):
+        name = f"sample_00000{i}.mp4"
+        assert (folder / name).read_bytes() == (home / "whole" / name).read_bytes()
+    assert stamps and not (folder / ".unfinished").exists()
+
+
+@pytest.mark.slow
+def test_batch_size_and_processes_change_rounding_only(home: Path) -> None:
+    common = [*LONG, "num_samples=4"]
+    sample(home, *common, "batch_size=8", f"output={home}/batch_8")
+    sample(home, *common, "batch_size=1", f"output={home}/batch_1")
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "src.sample",
+    ]
+    subprocess.run(
+        [*launch, f"model={home}/model", *FEW, *common, f"output={home}/two_processes"],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True,
+    )  # fmt: skip
+    for i in range(4):
+        name = f"sample_00000{i}.mp4"
+        reference = frames_of(home / "batch_8" / name)
+        other = frames_of(home / "batch_8" / f"sample_00000{(i + 1) % 4}.mp4")
+        for folder in ("batch_1", "two_processes"):
+            # Rounding moves a level here and there, from where on the encoder decides otherwise.
+            difference = abs(frames_of(home / folder / name) - reference).mean()
+            assert difference < 0.02 * abs(other - reference).mean()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length(home: Path) -> None:
+    peaks = []
+    for num_frames in (256, 4096):
+        arguments = [
+            "plan=hierarchical",
+            f"num_frames={num_frames}",
+            "num_samples=1",
+            f"output={home}/m{num_frames}",
+        ]
+        process = subprocess.Popen(
+            command(home, *arguments), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        peak = 0
+        while process.poll() is None:
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+            except OSError:
+                break
+            found = re.search(r"VmHWM:\s+(\d+)", status)
+            peak = max(peak, int(found[1]) if found else 0)
+            time.sleep(0.05)
+        assert process.wait() == 0
+        peaks.append(peak)
+    assert probe(home / "m4096/sample_000000.mp4").num_frames == 4096
+    assert peaks[1] < 1.1 * peaks[0]
