@@ -281,6 +281,7 @@ class EvaluateConfig:
     model: str | None
     videos: Any
     output: str | None
+    seed: int
     first_seed: int
     batch_size: int
     noise_level: int
@@ -289,9 +290,13 @@ class EvaluateConfig:
     num_replicates: int
     num_reconstructed: int
     num_candidates: int | None
+    num_frames: int | None
+    decoding_window: int | None
     weights: str | None
     machine: MachineSettings
     guidance: GuidanceSettings
+    plan: PlanSettings
+    interpolation: InterpolationSettings
     sampler: Any
     dataset: Any
     protocol: Any
@@ -344,8 +349,9 @@ class PrepareConfig:
 class ReportConfig:
     """Top-level keys of ``python -m src.report``."""
 
-    runs: list[str]
-    output: str
+    runs: list[str] | None
+    sweep: str | None
+    output: str | None
     title: str
 
 
@@ -389,7 +395,10 @@ def verb(config_name: str, schema: type) -> Callable[[Callable[[DictConfig], Non
 
         @functools.wraps(function)
         def main() -> None:
-            if _ExperimentsOnSearchPath not in Plugins.instance().discover(SearchPathPlugin):
+            # `report` has a key of that name, which is no group.
+            if config_name != "report" and _ExperimentsOnSearchPath not in Plugins.instance().discover(
+                SearchPathPlugin
+            ):
                 Plugins.instance().register(_ExperimentsOnSearchPath)
             if isinstance(sys.stdout, io.TextIOWrapper):  # names of files needn't be text
                 sys.stdout.reconfigure(errors="backslashreplace")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .metrics.features import FeatureExtractor
     from .metrics.protocol import Protocol
     from .model_folder import DataRecord, DiffusionModel
+    from .training.share import Share
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Measured:
 @verb("evaluate", EvaluateConfig)
 def main(cfg: DictConfig) -> None:
     """Writes ``evaluation.json``: distances by their protocol, plain statistics, reconstruction."""
+    from .data.storage import read_json
     from .evaluation.comparing import Following
     from .evaluation.measuring import Measuring
     from .model_folder import fingerprint, load_diffusion
@@ -56,18 +58,22 @@ def main(cfg: DictConfig) -> None:
     from .training.share import Share
 
     check_request(cfg)
+    cfg.first_seed += 1_000_000 * cfg.seed
     protocol: Protocol = build(cfg.protocol)
     share, device = Share(), pick_device(keeps_memory=cfg.model is not None)
+    output = output_path(cfg)
     model = None if cfg.model is None else load_diffusion(cfg.model).to(device)
     node = clip_geometry(cfg.dataset, None if model is None else short_videos_of(model), protocol)
-    output = output_path(cfg)
+    source = cfg.videos
+    if cfg.num_frames is not None:
+        source, model = long_samples(cfg, protocol, output, share), None
     extractor = extractor_of(cfg, protocol, node["num_frames"], device)
     perceptual = None if cfg.perceptual is None else build(cfg.perceptual).to(device)
     with share.first_alone():
         real = build(node, split=protocol.split, seed=0)
         training = real if protocol.split == "train" else build(node, split="train", seed=0)
         held_out = held_out_part(node)
-        given = None if cfg.videos is None else videos_given(cfg.videos, protocol, real)
+        given = None if source is None else videos_given(source, protocol, real)
     made_by: dict[str, Any]
     if model is not None:
         made_by = recipe(cfg, share.from_first(lambda: fingerprint(Path(cfg.model)))) | {"step": model.step}
@@ -75,6 +81,8 @@ def main(cfg: DictConfig) -> None:
     else:
         assert given is not None
         made_by = {"content": share.from_first(lambda: given.fingerprint), "summary": given.summary()}
+        if cfg.num_frames is not None:
+            made_by["samples"] = (read_json(Path(source) / "samples.json") or {}).get("made_by")
         generated = from_files(given, made_by["content"], protocol)
     following = Following(
         protocol,
@@ -93,14 +101,37 @@ def main(cfg: DictConfig) -> None:
         print(f"written to {output}")
 
 
+def long_samples(cfg: DictConfig, protocol: "Protocol", output: Path, share: "Share") -> str:
+    """The folder, beside the result, with long videos that a model has made by a plan: as many as are "
+    "measured."""
+    from .sample import make_videos
+
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    shared = ("model", "first_seed", "batch_size", "num_frames", "noise_level", "decoding_window", "machine")
+    settings = {key: plain[key] for key in (*shared, "guidance", "plan", "interpolation", "sampler")}
+    settings |= {"num_samples": protocol.num_generated, "labels": None, "video": None, "direction": "forward"}
+    folder = output.with_name(f"{output.stem}_samples")
+    make_videos(OmegaConf.create(settings | {"loop": False, "dry_run": False}), folder, share)
+    return str(folder)
+
+
 def check_request(cfg: DictConfig) -> None:
     """Raises ConfigError for options that don't go together."""
     if (cfg.model is None) == (cfg.videos is None):
         raise ConfigError("give either model=FOLDER (videos are sampled) or videos=PATH (made before)")
-    if cfg.num_positions != 1 and cfg.videos is None:
+    if cfg.num_positions != 1 and cfg.videos is None and cfg.num_frames is None:
         raise ConfigError(
-            f"num_positions={cfg.num_positions} is for long videos that were made before: sample them "
-            "(src.sample num_frames=…) and give them as videos=FOLDER"
+            f"num_positions={cfg.num_positions} is for long videos: give videos=FOLDER, or "
+            "num_frames=NUMBER to have "
+            "them sampled by a plan"
+        )
+    if cfg.num_frames is not None and (
+        cfg.model is None or cfg.compare_untrained or cfg.perceptual is not None
+    ):
+        raise ConfigError(
+            f"num_frames={cfg.num_frames} has long videos sampled from model=FOLDER and measured: it goes "
+            "with "
+            "neither videos=PATH, nor compare_untrained=true, nor perceptual, which are about short ones"
         )
     if cfg.compare_untrained and cfg.model is None:
         raise ConfigError("compare_untrained=true needs model=FOLDER, there is no network behind videos=PATH")

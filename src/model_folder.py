@@ -296,10 +296,14 @@ def masking_of(node: dict[str, Any], trusted: bool = True) -> FrameMasking:
 
 
 def _training_command(folder: Path, otherwise: str) -> str:
-    """What trains the model that is expected in ``runs/NAME/model``, or an example."""
+    """What trains the model that is expected in ``runs/NAME/model`` (or ``NAME_SEED``), or an example."""
     name = folder.parent.name
-    known = (CONF / "experiment" / f"{name}.yaml").exists()
-    return f"python -m {PACKAGE}.train +experiment={name if known else otherwise}"
+    experiment, _, seed = name.rpartition("_")
+    if (CONF / "experiment" / f"{name}.yaml").exists():
+        return f"python -m {PACKAGE}.train +experiment={name}"
+    if seed.isdigit() and (CONF / "experiment" / f"{experiment}.yaml").exists():
+        return f"python -m {PACKAGE}.train +experiment={experiment} seed={seed}"
+    return f"python -m {PACKAGE}.train +experiment={otherwise}"
 
 
 def read_config(folder: Path, remedy: str) -> dict[str, Any]:

@@ -19,28 +19,35 @@ if TYPE_CHECKING:
     from .diffusion.long_video import Window
     from .generation import LongVideoGenerator
     from .model_folder import DiffusionModel
+    from .training.share import Share
 
 
 @verb("sample", SampleConfig)
 def main(cfg: DictConfig) -> None:
     """Writes one mp4 a sample, a contact sheet, and a list of seeds and classes."""
+    from .training.share import Share
+
+    share = Share()
+    make_videos(cfg, Path(cfg.output) if cfg.output else Path(cfg.model).parent / "samples", share)
+    share.close()
+
+
+def make_videos(cfg: DictConfig, folder: Path, share: "Share") -> None:
+    """Samples what a config of `sample` asks for into a folder; what is complete there stays."""
     from tqdm import tqdm
 
     from .data.storage import remove
     from .model_folder import fingerprint, load_diffusion
     from .training.device import compile_in_place, pick_device
-    from .training.share import Share
 
     check_request(cfg)
     machine: MachineSettings = typed(cfg, "machine", MachineSettings)
-    share = Share()
     model = load_diffusion(cfg.model).to(pick_device())
     levels = levels_of(cfg, model, filling_model(cfg, model))
     wanted = Wanted.of(cfg, model, levels)
     if machine.compile:
         networks = {id(network): network for level in levels for network in level.generator.networks()}
         compile_in_place(networks.values())
-    folder = Path(cfg.output) if cfg.output else Path(cfg.model).parent / "samples"
     num_windows = sum(wanted.plan.counts())
     if share.rank == 0 and (cfg.dry_run or num_windows > 1):
         print(plan_in_words(cfg, wanted, levels))
@@ -79,7 +86,7 @@ def main(cfg: DictConfig) -> None:
                 )
             if kept is not None:
                 kept.remove(batch)
-    share.close()
+    share.wait()
     if share.rank == 0:
         remove(folder / ".unfinished")
         describe(cfg, model, folder, made_by, names)

@@ -28,6 +28,7 @@ from src.config import (
     TrainConfig,
     build,
     check,
+    read_yaml,
     typed,
 )
 from src.diffusion.parameterization import Parameterization
@@ -198,7 +199,8 @@ def of_experiment(option: str) -> Any:
         return OmegaConf.to_yaml(cfg)
     cfg = composed("train", f"+experiment={option}")
     check(cfg, TrainConfig)
-    assert cfg.name == option, "an experiment's run folder carries its name"
+    seed = f"_{cfg.seed}" if option.startswith("drift") else ""
+    assert cfg.name == f"{option}{seed}", "an experiment's run folder carries its name"
     return OmegaConf.to_yaml(cfg)
 
 
@@ -260,10 +262,20 @@ SWEEPS = sorted((EXPERIMENTS / "sweep").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=[path.stem for path in SWEEPS])
-def test_every_sweep_names_its_own_folders(path: Path) -> None:
-    cfg = composed("train", f"+sweep={path.stem}")
-    check(cfg, TrainConfig)
-    assert "name:" in path.read_text()
+def test_every_sweep_composes_for_its_verb_and_names_its_own_folders(path: Path) -> None:
+    text = path.read_text()
+    verb_name = "train" if "src.train" in text else "evaluate"
+    cfg = composed(verb_name, f"+sweep={path.stem}")
+    check(cfg, {"train": TrainConfig, "evaluate": EvaluateConfig}[verb_name])
+    assert ("name:" if verb_name == "train" else f"output: runs/{path.stem}/") in text
+
+
+def test_every_expectation_is_of_a_sweep_and_says_what_the_rule_needs() -> None:
+    for path in sorted((EXPERIMENTS / "expected").glob("*.yaml")):
+        expected = read_yaml(path)
+        sweep = (EXPERIMENTS / "sweep" / path.name).read_text()
+        assert expected["command"] in sweep.replace("#   ", "") and f"output: {expected['cells']}/" in sweep
+        assert {expected["worse"], expected["better"]} <= set(expected["conditions"])
 
 
 TUNED_ONLY_BY_OPTION = ["autoencoder", "conditioning", "discriminator", "perceptual", "unet", "attention"]

@@ -301,3 +301,41 @@ def test_memory_does_not_grow_with_the_length(home: Path) -> None:
         peaks.append(peak)
     assert probe(home / "m4096/sample_000000.mp4").num_frames == 4096
     assert peaks[1] < 1.1 * peaks[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweep", ["hierarchy", "conditional_perturbation", "unconditional_guidance"])
+def test_a_sweep_ends_in_a_report(home: Path, sweep: str, tmp_path: Path) -> None:
+    """The sweeps of experiments/ from their files, as small as can be."""
+    cell = {
+        "hierarchy": "${plan.kind}",
+        "conditional_perturbation": "${noise_level}",
+        "unconditional_guidance": "${guidance.scale}",
+    }[sweep]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LATENT_VIDEO_CACHE": str(tmp_path / "cache")}
+    small = [
+        "seed=0,1" if sweep == "hierarchy" else "seed=0", f"model={home}/model", "num_frames=128",
+        "num_positions=8", "sampler.num_sampling_steps=1", "protocol.num_generated=2",
+        "protocol.num_real=4", "dataset.num_videos=6", "dataset.num_test_videos=2",
+        f"dataset.root={home}/data", "dataset.cache=null",
+        f"output={tmp_path}/cells/{cell}_${{seed}}/evaluation.json", f"hydra.sweep.dir={tmp_path}/multirun",
+    ]  # fmt: skip
+    subprocess.run(
+        [sys.executable, "-m", "src.evaluate", f"+sweep={sweep}", *small],
+        cwd=ROOT, env=environment, check=True, capture_output=True,
+    )  # fmt: skip
+    if sweep == "conditional_perturbation":  # its cells differ in the model, too, which is one here
+        for level in (0, 100, 200):
+            (tmp_path / f"cells/{level}_0").rename(tmp_path / f"cells/level_{level}_0")
+    report = ["-m", "src.report", f"sweep={sweep}", f"runs=[{tmp_path}/cells]", f"output={tmp_path}/report"]
+    told = subprocess.run(
+        [sys.executable, *report],
+        cwd=ROOT, env=environment, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert f"{sweep}.md" in told
+    text = (tmp_path / f"report/{sweep}.md").read_text()
+    assert re.search(r"undecided: \d of 3 seeds measured", text)
+    assert len(list((tmp_path / "report").glob("*.png"))) >= 3
+    cells = json.loads((tmp_path / f"report/{sweep}.json").read_text())
+    assert len(cells) == {"hierarchy": 6, "conditional_perturbation": 3, "unconditional_guidance": 3}[sweep]
+    assert all(len(one["shares"]) == 8 for one in cells)
