@@ -117,7 +117,7 @@ def run(cfg: DictConfig, requests: "StopRequests") -> None:
             cfg.autoencoder.folder,
             Path(cfg.latents),
             clips_per_video=cfg.clips_per_video,
-            batch_size=min(settings.batch_size, 16),
+            batch_size=min(settings.batch_size, settings.micro_batch_size or 16, 16),
             order_seed=cfg.seed,
             device=accelerator.device,
             loading=machine.loading,
@@ -150,7 +150,7 @@ def run(cfg: DictConfig, requests: "StopRequests") -> None:
     def held_out_clips() -> Iterator[Any]:
         return held_out_batches(
             held_out,
-            batch_size=min(settings.batch_size, 16),
+            batch_size=min(settings.batch_size, settings.micro_batch_size or 16, 16),
             num_clips=settings.num_held_out,
             device=accelerator.device,
         )
