@@ -440,7 +440,7 @@ def sampled(
     generator = model.generator(
         build(cfg.sampler),
         guidance_scale=guidance.scale,
-        guidance_interval=interval_of(guidance.interval),
+        guidance_interval=interval_of("guidance.interval", guidance.interval),
         noise_level=cfg.noise_level,
     )
     if machine.compile:

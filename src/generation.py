@@ -1,5 +1,6 @@
 """From a trained model to videos: one seed per sample, whatever the batch or the number of processes."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,6 +71,14 @@ class VideoGenerator:
     def __post_init__(self) -> None:
         self.num_calls  # noqa: B018 - what the sampler can't do with this schedule is found before anything is made
         guided(denoiser_of(self.unet), self.guidance_scale, self.guidance_interval)
+        if not math.isfinite(self.guidance_scale):
+            raise ValueError(f"a guidance scale must be a number, got {self.guidance_scale}")
+        last = self.parameterization.num_timesteps - 1
+        if self.guidance_interval is not None and self.guidance_interval[0] > last:
+            raise ValueError(
+                f"guidance in {list(self.guidance_interval)} would never work: diffusion times are 0 to "
+                f"{last}"
+            )
         if self.guidance_scale != 1.0 and not (self.gives_frames or self.has_labels):
             raise ValueError(
                 f"guidance.scale={self.guidance_scale} has nothing to guide: this model was trained without "
@@ -282,7 +291,8 @@ class LongVideoGenerator:
             made: dict[int, Tensor] = {}
             for i, window in enumerate(windows):
                 kept = [self.finished.get(seed, window) if self.finished else None for seed in seeds]
-                whole = [latents for latents in kept if latents is not None]
+                shape = self.levels[level].window
+                whole = [latents for latents in kept if latents is not None and latents.shape == shape]
                 if len(whole) == len(seeds):
                     made[i] = torch.stack(whole).to(self.levels[0].device)
             todo = [i for i in range(len(windows)) if i not in made]

@@ -44,25 +44,40 @@ def check_request(cfg: DictConfig) -> None:
         raise ConfigError("direction=backward needs video=FILE, and neither a second video nor loop=true")
     if between and cfg.loop:
         raise ConfigError("loop=true takes one video or none: video=[A,B] would have two ends")
+    if cfg.plan.kind == "flat" and (cfg.video is not None or cfg.loop):
+        raise ConfigError(
+            "windows of plan=flat know nothing of each other: they can neither go on from a video nor lead "
+            "back to "
+            "a start; use plan=autoregressive or plan=hierarchical"
+        )
     for path in cfg.video if between else [cfg.video]:
-        if path is not None and not Path(path).exists():
+        if (between or path is not None) and not (path and Path(path).exists()):
             raise FileNotFoundError(f"there is no {path}; give video=FILE, the video to go on from")
 
 
-def interval_of(value: Any) -> tuple[int, int] | None:
+def number_of(name: str, value: Any, whole: bool) -> float:
+    """A number as it stands in a config.
+
+    Raises:
+        ConfigError: if it is none, or not a whole one where one is asked for.
+    """
+    fits = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and not whole)
+    if isinstance(value, bool) or not fits:
+        raise ConfigError(f"{name} must be a {'whole ' if whole else ''}number, got {value}")
+    return float(value)
+
+
+def interval_of(name: str, value: Any) -> tuple[int, int] | None:
     """A guidance interval as it stands in a config.
 
     Raises:
-        ConfigError: unless it is null or two numbers.
+        ConfigError: unless it is null or two whole numbers.
     """
     if value is None:
         return None
-    try:
-        first, last = map(int, value)
-    except (TypeError, ValueError):
-        raise ConfigError(
-            f"guidance.interval must be null or [first,last] diffusion time, got {value}"
-        ) from None
+    if not isinstance(value, list | ListConfig) or len(value) != 2:
+        raise ConfigError(f"{name} must be null or [first,last] diffusion time, got {value}")
+    first, last = (int(number_of(name, time, whole=True)) for time in value)
     return first, last
 
 
@@ -124,12 +139,15 @@ def levels_of(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel"
     filling: InterpolationSettings = typed(cfg, "interpolation", InterpolationSettings)
     sampler = build(cfg.sampler)
 
-    def level(stride: int, of: "DiffusionModel", scale: Any, interval: Any, noise_level: Any) -> LevelChoice:
+    def level(
+        stride: int, of: "DiffusionModel", scale: Any, interval: Any, noise_level: Any, where: str = ""
+    ) -> LevelChoice:
+        names = [f"{where}guidance{'_' if where else '.'}{key}" for key in ("scale", "interval")]
         generator = of.generator(
             sampler,
-            guidance_scale=float(scale),
-            guidance_interval=interval_of(interval),
-            noise_level=int(noise_level),
+            guidance_scale=number_of(names[0], scale, whole=False),
+            guidance_interval=interval_of(names[1], interval),
+            noise_level=int(number_of(f"{where}noise_level", noise_level, whole=True)),
         )
         return LevelChoice(stride, of, generator)
 
@@ -145,11 +163,17 @@ def levels_of(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel"
     coarsest = model.latent_strides[0]
     finer = [stride for stride in (model if filler is model else filler).latent_strides if stride < coarsest]
     if not finer or finer[-1] != 1:
+        missing = (
+            "nothing that fills the gaps between them"
+            if coarsest > 1
+            else "no key latents, which lie several latent frames apart"
+        )
         raise ConfigError(
-            "plan=hierarchical needs key latents and what fills the gaps between them, but "
-            f"model={cfg.model} was trained "
-            f"with latent_strides=[{known}] and nothing that was trained with 1 fills its gaps. Give "
-            "interpolation.model=FOLDER, train one model on several strides (latent_strides=[4,1]), or use "
+            f"plan=hierarchical makes key latents and fills the gaps between them; model={cfg.model} was "
+            "trained "
+            f"with latent_strides=[{known}], and there is {missing}. Train one model on several strides "
+            "(latent_strides=[4,1]), or one on key latents ([4]) beside interpolation.model=FOLDER ([1]), "
+            "or use "
             "plan=autoregressive"
         )
 
@@ -180,6 +204,7 @@ def levels_of(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel"
                     cfg.noise_level if filler.masking.max_noise_level else 0,
                     i,
                 ),
+                "interpolation.",
             )
         )
     return levels

@@ -1,8 +1,10 @@
 """Make videos with a trained model: ``python -m src.sample model=runs/ucf101/model``."""
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,27 +38,30 @@ def make_videos(cfg: DictConfig, folder: Path, share: "Share") -> None:
     """Samples what a config of `sample` asks for into a folder; what is complete there stays."""
     from tqdm import tqdm
 
-    from .data.storage import remove
     from .model_folder import fingerprint, load_diffusion
-    from .training.device import compile_in_place, pick_device
+    from .training.device import compile_in_place, pick_device, return_freed_memory
 
     check_request(cfg)
     machine: MachineSettings = typed(cfg, "machine", MachineSettings)
-    model = load_diffusion(cfg.model).to(pick_device())
+    is_long = cfg.num_frames is not None or cfg.video is not None or cfg.loop
+    if is_long:
+        return_freed_memory()
+    model = load_diffusion(cfg.model).to(pick_device(keeps_memory=not is_long))
     levels = levels_of(cfg, model, filling_model(cfg, model))
     wanted = Wanted.of(cfg, model, levels)
     if machine.compile:
         networks = {id(network): network for level in levels for network in level.generator.networks()}
         compile_in_place(networks.values())
     num_windows = sum(wanted.plan.counts())
-    if share.rank == 0 and (cfg.dry_run or num_windows > 1):
-        print(plan_in_words(cfg, wanted, levels))
+    seeds = [cfg.first_seed + i for i in range(cfg.num_samples)]
+    labels_of(model, seeds, cfg.labels)  # what is wrong with them is told now
     if cfg.dry_run:
         if share.rank == 0:
+            sizes = [len(batch) for batch in share.all_batches(len(seeds), cfg.batch_size)]
+            print(plan_in_words(cfg, wanted, levels, sizes, share.world_size))
             write_plan(wanted, folder / "plan.svg")
         return
     made_by = recipe(cfg, fingerprint(Path(cfg.model)), wanted.num_frames)
-    seeds = [cfg.first_seed + i for i in range(cfg.num_samples)]
     names = {seed: folder / f"sample_{seed:06d}.mp4" for seed in seeds}
 
     def begun() -> list[int]:
@@ -68,27 +73,22 @@ def make_videos(cfg: DictConfig, folder: Path, share: "Share") -> None:
         return [seed for seed in seeds if seed not in finished]
 
     todo = share.from_first(begun)
+    if share.rank == 0 and num_windows > 1 and todo:
+        sizes = [len(batch) for batch in share.all_batches(len(todo), cfg.batch_size)]
+        print(plan_in_words(cfg, wanted, levels, sizes, share.world_size))
     batches = [[todo[i] for i in batch] for batch in share.batches(len(todo), cfg.batch_size)]
     total = sum(map(len, batches)) * num_windows
+    unfinished = Windows(folder / ".unfinished", made_by)
     with tqdm(total=total, unit="window", desc="sampling", disable=share.rank > 0) as bar:
         for batch in batches:
-            kept = Windows(folder / ".unfinished") if num_windows > 1 else None
-            generator = long_videos(cfg, wanted, levels, kept, bar.update)
+            generator = long_videos(cfg, wanted, levels, unfinished if num_windows > 1 else None, bar.update)
+            labels = labels_of(model, batch, cfg.labels)
             with ExitStack() as files:
-                write_videos(
-                    cfg,
-                    model,
-                    wanted,
-                    generator,
-                    labels_of(model, batch, cfg.labels),
-                    {n: names[n] for n in batch},
-                    files,
-                )
-            if kept is not None:
-                kept.remove(batch)
+                write_videos(cfg, model, wanted, generator, labels, {n: names[n] for n in batch}, files)
+            unfinished.remove(batch)
     share.wait()
     if share.rank == 0:
-        remove(folder / ".unfinished")
+        unfinished.close()
         describe(cfg, model, folder, made_by, names)
         write_contact_sheet(folder / "contact_sheet.png", list(names.values()), wanted.num_in_file)
         before = f" ({len(seeds) - len(todo)} of them were there)" if len(todo) < len(seeds) else ""
@@ -179,10 +179,16 @@ def videos(
 
 
 class Windows:
-    """Finished windows of unfinished samples, on the disk."""
+    """Finished windows of unfinished samples, on the disk.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: of all that is unfinished.
+        made_by: how the samples are made; windows of samples made in another way aren't seen.
+    """
+
+    def __init__(self, folder: Path, made_by: dict[str, Any]) -> None:
+        self.outer = folder
+        self.folder = folder / hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
 
     def get(self, seed: int, window: "Window") -> "Tensor | None":
         """Latents ``c t h w`` of one sample's window, if they are there."""
@@ -197,6 +203,12 @@ class Windows:
         for seed in seeds:
             self._pieces(seed).remove()
 
+    def close(self) -> None:
+        """Removes the folder, unless windows of other samples wait in it."""
+        for folder in (self.folder, self.outer):
+            with suppress(OSError):
+                folder.rmdir()
+
     def _pieces(self, seed: int) -> "Pieces":
         from .data.pieces import Pieces
 
@@ -207,43 +219,53 @@ def _name(window: "Window") -> str:
     return f"level_{window.level}_window_{window.number:06d}"
 
 
-def plan_in_words(cfg: DictConfig, wanted: Wanted, levels: Sequence[LevelChoice]) -> str:
-    """What will be made from what, how many calls of the network that takes, and about how long."""
+def plan_in_words(
+    cfg: DictConfig,
+    wanted: Wanted,
+    levels: Sequence[LevelChoice],
+    sizes: Sequence[int],
+    num_processes: int,
+) -> str:
+    """What will be made from what, how many calls of the network that takes, and about how long.
+
+    Args:
+        cfg: of `sample`.
+        wanted: what is to be made.
+        levels: of its plan.
+        sizes: how many samples each batch has.
+        num_processes: that share them.
+    """
     plan, factor = wanted.plan, levels[0].model.autoencoder.downsample[0]
-    at_once = min(cfg.batch_size, cfg.num_samples)
-    groups = -(-cfg.num_samples // at_once)
+    # How often the network is called for so many windows at once, by level.
+    calls: list[Counter[int]] = [Counter() for _ in levels]
+    for size, times in Counter(sizes).items():
+        for batch in plan.batches(max(cfg.batch_size // size, 1)):
+            level = batch.windows[0].level
+            calls[level][size * len(batch.windows)] += times * levels[level].generator.num_calls
     lines = [
         f"plan {cfg.plan.kind}: {wanted.num_frames:,} frames = {plan.num_frames:,} latent frames of "
         f"{factor}, "
-        f"{cfg.num_samples} sample(s)"
+        f"{sum(sizes)} sample(s)"
     ]
-    total_calls, seconds = 0, 0.0
-    batches = [0] * len(levels)
-    widest = [0] * len(levels)
-    for batch in plan.batches(max(cfg.batch_size // at_once, 1)):
-        number = batch.windows[0].level
-        batches[number] += 1
-        widest[number] = max(widest[number], len(batch.windows))
-    for i, (level, count) in enumerate(zip(levels, plan.counts(), strict=True)):
-        generator = level.generator
-        calls = groups * batches[i] * generator.num_calls
-        total_calls += calls
-        rows = at_once * widest[i]
-        seconds += calls * generator.seconds_of_call(rows, level.stride)
-        apart = f"{level.stride} apart" if level.stride > 1 else "one after another"
+    seconds = 0.0
+    for i, (choice, count) in enumerate(zip(levels, plan.counts(), strict=True)):
+        total, widest = calls[i].total(), max(calls[i], default=1)
+        seconds += total * choice.generator.seconds_of_call(widest, choice.stride)
+        apart = f"{choice.stride} apart" if choice.stride > 1 else "one after another"
         how = (
-            "filling the gaps of the level above"
-            if i > 0
-            else f"each continuing the last {plan.num_given}"
+            f"each continuing the last {plan.num_given}"
             if plan.num_given
             else "knowing nothing of each other"
         )
+        if i > 0:
+            how = "filling the gaps of the level above"
         lines.append(
-            f"  level {i}: {count:,} windows of {plan.levels[i].window} latent frames {apart}, {how}; up "
-            f"to {rows} at once: "
-            f"{calls:,} calls of the network"
+            f"  level {i}: {count:,} windows of {plan.levels[i].window} latent frames {apart}, {how}; "
+            f"up to {widest} at once: {total:,} calls of the network"
         )
-    lines.append(f"  {total_calls:,} calls, about {in_words(seconds)} on one process, and the decoding")
+    time = in_words(seconds / min(num_processes, len(sizes)))
+    total = sum(counter.total() for counter in calls)
+    lines.append(f"  {total:,} calls, about {time} on {num_processes} process(es), and the decoding")
     return "\n".join(lines)
 
 

@@ -103,7 +103,11 @@ class Plan:
                 f"frames), got {self.num_given}"
             )
         if self.num_given == 0 and (self.continues or self.closes):
-            raise ValueError("to continue or to close a video, num_given must be at least 1")
+            raise ValueError(
+                "windows that are given nothing (num_given=0, as in a flat plan) can neither continue nor "
+                "close a "
+                "video; use another plan"
+            )
         for coarse, fine in zip(self.levels, self.levels[1:], strict=False):
             ratio = coarse.stride / fine.stride
             if not ratio.is_integer() or (fine.window - 1) % ratio:
@@ -155,7 +159,8 @@ class Plan:
     def _needed(self, level: int) -> int:
         """The last frame of a level that has to be there, counted in its stride from the anchor."""
         if level == len(self.levels) - 1:
-            return self.num_frames - self._anchor - (0 if self.closes else 1)
+            needed = self.num_frames - self._anchor - (0 if self.closes else 1)
+            return max(needed, 1) if level > 0 else needed  # the first frame alone is part of a gap
         finer = self.levels[level + 1]
         gaps = (finer.window - 1) * finer.stride // self.levels[level].stride
         return self._num_fillings(level + 1) * gaps

@@ -213,6 +213,20 @@ def keep_freed_memory() -> None:
         mallopt(mmap_max, 0)
 
 
+def return_freed_memory() -> None:
+    """Lets this process give large blocks back to the system as soon as it frees them.
+
+    Else they share the heap with what lives longer, and the heap of a job that runs for hours grows, now and
+    then, where nothing fits any more: measured 331 MB at 256 frames, up to 449 MB at 4,096; so 311 and 315.
+    It asks glibc by `mallopt`; elsewhere it does nothing.
+    """
+    mmap_threshold, mmap_max = -3, -4  # M_MMAP_THRESHOLD and M_MMAP_MAX of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(mmap_max, 65536)
+        mallopt(mmap_threshold, 2**18)
+
+
 def compile_in_place(modules: Iterable[nn.Module]) -> None:
     """Compiles the calls of modules by `torch.compile`, at the first call and anew for other shapes.
 

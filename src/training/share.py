@@ -1,7 +1,7 @@
 """Work that several processes share without training: which part is whose, and putting it together again."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
@@ -32,11 +32,14 @@ class Share:
             self._processes = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=6))
             self.rank, self.world_size = self._processes.process_index, self._processes.num_processes
 
-    def batches(self, count: int, batch_size: int) -> Iterator[list[int]]:
-        """This process's batches of the numbers below ``count``, smaller ones if some would get none."""
+    def batches(self, count: int, batch_size: int) -> list[list[int]]:
+        """This process's batches of the numbers below ``count``."""
+        return self.all_batches(count, batch_size)[self.rank :: self.world_size]
+
+    def all_batches(self, count: int, batch_size: int) -> list[list[int]]:
+        """All processes' batches of the numbers below ``count``, smaller ones if some would get none."""
         batch_size = max(min(batch_size, -(-count // self.world_size)), 1)
-        for begin in range(self.rank * batch_size, count, self.world_size * batch_size):
-            yield list(range(begin, min(begin + batch_size, count)))
+        return [list(range(begin, min(begin + batch_size, count))) for begin in range(0, count, batch_size)]
 
     def collect(self, parts: dict[int, _A]) -> dict[int, _A]:
         """All processes' numbered parts, in the order of their numbers."""

@@ -1,5 +1,7 @@
 """Long videos as a user makes them, by a network with random weights: lengths, interruptions, memory."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -17,7 +19,11 @@ from omegaconf import OmegaConf
 
 from src.config import build
 from src.data.video import probe, read_clip, write_video
-from src.model_folder import DataRecord, masking_of, save_autoencoder, save_diffusion
+from src.diffusion.long_video import Level, Plan
+from src.generation import VideoGenerator
+from src.model_folder import DataRecord, load_diffusion, masking_of, save_autoencoder, save_diffusion
+from src.models.unet import UNet3d
+from src.sample import Windows
 from src.train import unet_node
 from tests.composing import composed
 
@@ -189,7 +195,18 @@ REFUSED = [
     (["loop=true", "num_frames=41"], "must be a multiple of 4"),
     (["loop=true", "num_frames=40", "plan=hierarchical"], "can't be closed by windows"),
     (["guidance=lvdm", "guidance.interval=[9]"], "must be null or"),
+    (["guidance.interval=[5000,9000]"], "diffusion times are 0 to 999"),
+    (["guidance.scale=nan"], "guidance.scale must be a number, got nan"),
     (["plan=hierarchical", "interpolation.noise_level=[1,2]"], "lists 2 values for 1 level"),
+    (["plan=hierarchical", "interpolation.noise_level=1.9"], "interpolation.noise_level must be a whole"),
+    (
+        ["plan=hierarchical", "interpolation.guidance_scale=abc"],
+        "interpolation.guidance_scale must be a number",
+    ),
+    (["plan=hierarchical", "interpolation.guidance_interval=[0.5,10]"], "guidance_interval must be a whole"),
+    (["video=[clip.mp4,null]"], "there is no"),
+    (["labels=77", "dry_run=true"], "trained without classes"),
+    (["plan=flat", "loop=true"], "use plan=autoregressive or plan=hierarchical"),
     (["interpolation.model=elsewhere"], "has nothing to do in plan=autoregressive"),
     (["decoding_window=0"], "decoding_window must be at least 1"),
 ]
@@ -229,11 +246,11 @@ def test_a_killed_job_goes_on_from_the_last_window(home: Path) -> None:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while len(list(folder.glob(".unfinished/*/*.safetensors"))) < 40 and time.monotonic() < deadline:
+    while len(list(folder.glob(".unfinished/*/*/*.safetensors"))) < 40 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    windows = sorted(folder.glob(".unfinished/*/*.safetensors"))
+    windows = sorted(folder.glob(".unfinished/*/*/*.safetensors"))
     assert windows and not list(folder.glob("*.mp4"))
     windows[0].write_bytes(b"torn")
     stamps = {path: path.stat().st_mtime_ns for path in windows[2:]}
@@ -243,6 +260,79 @@ def test_a_killed_job_goes_on_from_the_last_window(home: Path) -> None:
         name = f"sample_00000{i}.mp4"
         assert (folder / name).read_bytes() == (home / "whole" / name).read_bytes()
     assert stamps and not (folder / ".unfinished").exists()
+
+
+def kept_windows(folder: Path) -> list[Path]:
+    return sorted(folder.glob(".unfinished/*/*/*.safetensors"))
+
+
+@pytest.mark.slow
+def test_windows_of_other_options_and_other_samples_are_left_alone(home: Path) -> None:
+    """What is kept of an interrupted job is neither taken for another's nor removed by it."""
+    folder, clean = home / "left", home / "clean"
+    model = load_diffusion(str(home / "model"))
+    torch.manual_seed(0)
+    kept = Windows(folder / ".unfinished", {"other": "options"})
+    for seed in (0, 1):
+        for window in Plan((Level(4, 5), Level(1, 5)), 63, 1).windows():
+            kept.put(seed, window, torch.randn(model.window))
+    before = kept_windows(folder)
+    sample(home, *SHORT, f"output={folder}", "num_samples=1")
+    assert kept_windows(folder) == before
+    sample(home, *SHORT, f"output={clean}", "num_samples=1")
+    name = "sample_000000.mp4"
+    assert (folder / name).read_bytes() == (clean / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_kept_window_of_another_shape_is_made_again(home: Path, hierarchical: Path) -> None:
+    folder = home / "misshapen"
+    made_by = json.loads((hierarchical / "samples.json").read_text())["made_by"]
+    (window,) = list(Plan((Level(4, 5), Level(1, 5)), 63, 1).windows())[:1]
+    Windows(folder / ".unfinished", made_by).put(0, window, torch.zeros(4, 3, 8, 8))
+    sample(home, *SHORT, f"output={folder}")
+    for name in ("sample_000000.mp4", "sample_000001.mp4"):
+        assert (folder / name).read_bytes() == (hierarchical / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("plan", "num_frames", "num_samples", "batch_size"),
+    [
+        ("hierarchical", 205, 9, 8),
+        ("flat", 205, 3, 2),
+        ("autoregressive", 50, 3, 2),
+        ("hierarchical", 3, 1, 1),
+    ],
+)
+def test_as_many_calls_are_told_as_are_made(
+    home: Path, plan: str, num_frames: int, num_samples: int, batch_size: int, tmp_path: Path
+) -> None:
+    from src.sample import make_videos
+    from src.training.share import Share
+
+    told, made = io.StringIO(), 0
+    options = [
+        f"model={home}/model",
+        f"plan={plan}",
+        f"num_frames={num_frames}",
+        f"num_samples={num_samples}",
+    ]
+    cfg = composed("sample", *options, f"batch_size={batch_size}", "sampler.num_sampling_steps=3")
+    with pytest.MonkeyPatch.context() as patch:
+        forward = UNet3d.forward
+
+        def counted(self: UNet3d, *arguments: Any, **told: Any) -> torch.Tensor:
+            nonlocal made
+            made += 1
+            return forward(self, *arguments, **told)
+
+        patch.setattr(UNet3d, "forward", counted)
+        patch.setattr(VideoGenerator, "seconds_of_call", lambda *_: 0.1)
+        with contextlib.redirect_stdout(told):
+            make_videos(cfg, tmp_path, Share())
+    numbers = re.findall(r"\n  ([\d,]+) calls, about", told.getvalue())
+    assert [int(number.replace(",", "")) for number in numbers] == [made]
+    assert len(list(tmp_path.glob("*.mp4"))) == num_samples
 
 
 @pytest.mark.slow
