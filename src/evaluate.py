@@ -542,7 +542,8 @@ def print_drift(along: "Drift") -> None:
     print(f"along time, by clip of {along.num_frames} frames (band: where 90 % of the real clips lie):")
     for name, distance in along.distances.items():
         values = " ".join(f"{value:.4g}" for value in distance.values)
-        print(f"  {name:25} {values}   real against real {distance.floor:.4g}")
+        floor = "" if distance.floor is None else f"   real against real {distance.floor:.4g}"
+        print(f"  {name:25} {values}{floor}")
     for name, curve in along.statistics.items():
         values = " ".join(f"{value:.3g}" for value in curve.median)
         left = "inside" if curve.left_at is None else f"outside from clip {curve.left_at}"
