@@ -19,7 +19,7 @@ from ..metrics.features import FeatureExtractor
 from ..metrics.frechet import GaussianStatistics, frechet_distance, resampled_frechet_distances
 from ..metrics.kernel import kernel_distance, kernel_distance_subsets, resampled_kernel_distances
 from ..metrics.protocol import Comparison, Protocol
-from ..metrics.suspicions import suspicions
+from ..metrics.suspicions import suspicions, suspicious_stride
 from ..metrics.uncertainty import bootstrap, extrapolated_floor, kernel_floor
 from .measuring import ClipSet, Measuring, Rows
 
@@ -335,8 +335,7 @@ class Following:
         """What looks like a mistake in the generated videos; of given ones also another stride."""
         first = self.protocol.seeds[0]
         real, generated = self.real_rows(first), self.generated_rows(first)
-        motion = [float(rows["motion_energy"].double().mean()) for rows in (real, generated)]
-        return suspicions(real, generated, (motion[0], motion[1]) if self._are_given else None)
+        return suspicions(real, generated) + (suspicious_stride(real, generated) if self._are_given else [])
 
     def _real_clips(self, items: list[int], seed: int, title: str) -> ClipSet:
         return chosen_clips(self.real, items, self.protocol.real_clip, seed, title, self.fingerprint)
