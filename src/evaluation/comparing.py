@@ -188,7 +188,7 @@ class Following:
     def order(self, seed: int) -> list[int]:
         """All real videos in the order in which the protocol chooses them."""
         labels = [entry.label for entry in self.real.entries]
-        return order_of_videos(labels, self.protocol.real_videos, seed)
+        return order_of_videos(labels, self.protocol.real_videos, seed, names=self.real.names)
 
     def real_items(self, seed: int) -> list[int]:
         """Indices of the real videos of a seed; all of them stand in their own order."""

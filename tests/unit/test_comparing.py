@@ -195,12 +195,19 @@ def test_a_side_that_isnt_resampled_is_that_of_the_first_seed(dataset):
     assert torch.equal(half.generated_rows(2)["features"], half.generated_rows(5)["features"])
 
 
+def test_sorted_videos_are_in_pythons_order_of_their_paths(dataset, monkeypatch):
+    names = [f"class {i % 3}/{i}.mp4" for i in range(NUM_VIDEOS)]
+    monkeypatch.setattr(type(dataset), "names", names)
+    followed = following(dataset, protocol(real_videos="sorted"))
+    assert [names[item] for item in followed.real_items(0)] == sorted(names)[:8]
+
+
 @pytest.mark.parametrize(("where", "start"), [("first", 0), ("middle", None)])
 def test_the_clip_of_a_video_is_the_one_that_the_protocol_names(dataset, where, start):
     followed = following(dataset, protocol(real_clip=where, real_videos="sorted"))
-    entry = dataset.entries[3]
-    start = (entry.num_frames - 4) // 2 if start is None else start
-    expected = dataset.clip(3, start)["frames"]
+    item = followed.real_items(0)[3]
+    start = (dataset.entries[item].num_frames - 4) // 2 if start is None else start
+    expected = dataset.clip(item, start)["frames"]
     clips = chosen_clips(dataset, followed.real_items(0), where, 0, "real", "")
     assert torch.equal(clips.frames([3])[0], expected)
     assert torch.equal(followed.real_rows(0)["shown"][3], expected)
