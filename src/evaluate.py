@@ -180,6 +180,11 @@ def notes_on(following: "Following", model: "DiffusionModel | None", given: "Vid
         notes.append(
             "the I3D weights aren't exactly those of TF-Hub: compare only with numbers of the same file"
         )
+    if extractor is not None and extractor.name != "i3d":
+        notes.append(
+            f"the weights of {extractor.name} can't be checked by a known answer: the result names them by "
+            "their checksum; compare only with numbers of the same"
+        )
     if following.real.broken:
         count = len(following.real.broken)
         notes.append(f"{count:,} real videos are broken and left out, see python -m src.prepare")
