@@ -155,7 +155,7 @@ class Following:
     ) -> None:
         self.protocol, self.measuring, self.extractor = protocol, measuring, extractor
         self.real, self.fingerprint, self._generated = real, fingerprint, generated
-        self._are_given = available is not None
+        self._available = available
         wanted_real = len(real) if protocol.num_real is None else protocol.num_real
         self.num_real = min(wanted_real, len(real))
         wanted = protocol.num_generated
@@ -168,6 +168,11 @@ class Following:
         if self.num_generated < wanted:
             self.notes.append(
                 f"only {self.num_generated:,} videos given, fewer than the protocol's {wanted:,}"
+            )
+        if len(protocol.seeds) > 1 and protocol.resample_generated and not self.resampled["generated"]:
+            self.notes.append(
+                f"all {self.num_generated:,} given videos are used with every seed: the deviation over seeds is "
+                "that of the real side alone"
             )
         self.comparison = Comparison(
             protocol=protocol,
@@ -183,6 +188,21 @@ class Following:
             fingerprint=fingerprint,
             weights=None if extractor is None else extractor.weights_sha256,
         )
+
+    @property
+    def resampled(self) -> dict[str, bool]:
+        """Which sides differ from seed to seed."""
+        protocol = self.protocol
+        all_given = self._available is not None and self._available <= self.num_generated
+        fixed = {
+            "real": protocol.real_clip != "random"
+            and (self.num_real == len(self.real) or protocol.real_videos == "sorted"),
+            "generated": protocol.generated_clip != "random" and all_given,
+        }
+        return {
+            "real": protocol.resample_real and not fixed["real"],
+            "generated": protocol.resample_generated and not fixed["generated"],
+        }
 
     @cache  # noqa: B019
     def order(self, seed: int) -> list[int]:
@@ -269,6 +289,7 @@ class Following:
             told: dict[str, Any] = {"by_seed": dict(zip(map(str, self.protocol.seeds), values, strict=True))}
             if len(values) > 1:
                 told["deviation_over_seeds"] = statistics.stdev(values)
+                told["resampled"] = self.resampled
             if metric in resampled and num_replicates:
                 drawn = bootstrap(*pairs[0], resampled[metric], num_replicates=num_replicates, seed=0)
                 low, high = (edge - drawn.estimate + values[0] for edge in drawn.interval)
@@ -335,7 +356,7 @@ class Following:
         """What looks like a mistake in the generated videos; of given ones also another stride."""
         first = self.protocol.seeds[0]
         real, generated = self.real_rows(first), self.generated_rows(first)
-        return suspicions(real, generated) + (suspicious_stride(real, generated) if self._are_given else [])
+        return suspicions(real, generated) + (suspicious_stride(real, generated) if self._available is not None else [])
 
     def _real_clips(self, items: list[int], seed: int, title: str) -> ClipSet:
         return chosen_clips(self.real, items, self.protocol.real_clip, seed, title, self.fingerprint)

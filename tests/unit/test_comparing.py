@@ -195,6 +195,20 @@ def test_a_side_that_isnt_resampled_is_that_of_the_first_seed(dataset):
     assert torch.equal(half.generated_rows(2)["features"], half.generated_rows(5)["features"])
 
 
+def test_the_deviation_over_seeds_says_which_sides_were_resampled(dataset):
+    rules = protocol(seeds=(0, 3))
+    name = "fvd_fast@8vs6"
+    for available, generated in ((None, True), (7, True), (6, False)):
+        followed = following(dataset, rules, available)
+        told = followed.result(0).uncertainty[name]["resampled"]
+        assert told == {"real": True, "generated": generated}
+        said = [note for note in followed.notes if "all 6 given videos are used with every seed" in note]
+        assert bool(said) is not generated
+    fixed = following(dataset, protocol(seeds=(0, 3), real_videos="sorted", real_clip="first"))
+    assert fixed.resampled == {"real": False, "generated": True}
+    assert len(set(fixed.result(0).uncertainty[name]["by_seed"].values())) == 2
+
+
 def test_sorted_videos_are_in_pythons_order_of_their_paths(dataset, monkeypatch):
     names = [f"class {i % 3}/{i}.mp4" for i in range(NUM_VIDEOS)]
     monkeypatch.setattr(type(dataset), "names", names)
