@@ -212,12 +212,12 @@ def write(
         "generated": made_by,
         "drift": None if measured.drift is None else measured.drift.to_dict(),
         "copies": {"space": copies.space, "num_candidates": copies.num_candidates},
-        "videos": write_videos(output.parent, measured.shown, following.real.fps),
+        "videos": write_videos(shown_folder(output), measured.shown, following.real.fps),
         "notes": measured.notes,
         "software": software(),
         "created": now(),
     }
-    write_nearest(output.parent / "evaluation" / "nearest.csv", copies, training)
+    write_nearest(shown_folder(output) / "nearest.csv", copies, training)
     write_json(output, record)
 
 
@@ -309,6 +309,7 @@ def output_path(cfg: DictConfig) -> Path:
     given = list(cfg.videos) if isinstance(cfg.videos, ListConfig) else [cfg.videos]
     read = [("videos", name.partition("*")[0] if "*" in name else name) for name in given if name]
     read += [("dataset.root", cfg.dataset.get("root"))]
+    shown_folder(output)
     for option, name in read:
         if name and Path(name).resolve() in (output.resolve(), *output.resolve().parents):
             raise ConfigError(
@@ -316,6 +317,25 @@ def output_path(cfg: DictConfig) -> Path:
                 "the next time; choose another place: output=FILE.json"
             )
     return output
+
+
+def shown_folder(output: Path) -> Path:
+    """Where the videos and the table of a result lie: beside it, under its name.
+
+    Raises:
+        ConfigError: if the result's own place is a folder, or that folder holds anything else.
+    """
+    if output.is_dir():
+        raise ConfigError(f"output={output} is a folder; name a file: output={output}/evaluation.json")
+    folder = output.with_suffix("") if output.suffix else output.with_name(f"{output.name}_videos")
+    inside = sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in inside if not (name.endswith(".mp4") or "nearest.csv" in name)]
+    if foreign or folder.is_file():
+        raise ConfigError(
+            f"the videos of output={output} would go into {folder}, which holds {(foreign or ['a file'])[0]}; "
+            "choose another name"
+        )
+    return folder
 
 
 def extractor_of(
@@ -491,17 +511,17 @@ def now() -> str:
 
 
 def write_videos(folder: Path, sets: "dict[str, Tensor]", fps: float) -> dict[str, list[str]]:
-    """Writes mp4 files under ``evaluation/`` and gives their names relative to the folder."""
+    """Writes mp4 files into a folder and gives their names relative to where it lies."""
     from .data.video import write_video
 
     names: dict[str, list[str]] = {}
-    (folder / "evaluation").mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for title, clips in sets.items():
         names[title] = []
         for i, frames in enumerate(clips.numpy()):
-            name = f"evaluation/{title}_{i:02d}.mp4"
-            write_video(folder / name, frames, fps)
-            names[title].append(name)
+            path = folder / f"{title}_{i:02d}.mp4"
+            write_video(path, frames, fps)
+            names[title].append(f"{folder.name}/{path.name}")
     return names
 
 
@@ -513,7 +533,10 @@ def write_nearest(path: Path, copies: "NearestClips", training: "ClipDataset") -
         (float(distance), sample, training.entries[int(item)].path)
         for sample, (distance, item) in enumerate(zip(copies.distances, copies.items, strict=True))
     )
-    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_path(path) as part,
+        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         table = csv.writer(file)
         table.writerow(["sample", "distance", "training_video"])
         table.writerows([sample, f"{distance:.6g}", video] for distance, sample, video in rows)
