@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from math import log
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,9 @@ def main() -> None:
 
         for other in (False, True) if len(videos) > 3 else (False,):
 
-            def at(ratio: float, seed: int, other: bool = other, sides: Callable = sides) -> tuple[Tensor, Tensor]:  # type: ignore[type-arg]
+            def at(
+                ratio: float, seed: int, other: bool = other, sides: Callable[..., Any] = sides
+            ) -> tuple[Tensor, Tensor]:
                 real, generated = sides(seed, other)
                 strides = (1, round(ratio)) if ratio >= 1 else (round(1 / ratio), 1)
                 return (
@@ -86,16 +89,18 @@ def main() -> None:
 
             told = [share(options.draws, lambda seed, r=ratio, at=at: at(r, seed)) for ratio in RATIOS]
 
-            def changed(seed: int, at: Callable = at) -> tuple[Tensor, Tensor]:  # type: ignore[type-arg]
+            def changed(seed: int, at: Callable[..., Any] = at) -> tuple[Tensor, Tensor]:
                 real, generated = at(1.0, seed)
-                return real, generated + (log(1.25) if seed % 4 else log(0.8))
+                return real, generated + log(1.25 if seed % 4 else 0.8)
 
             told.append(share(options.draws, changed))
             print(f"{folder.name:24}{'other' if other else 'same':8}{' '.join(told)}")
         for made in options.generated:
             samples = read(made, options.resolution)
 
-            def beside(seed: int, videos: list[Frames] = videos, samples: list[Frames] = samples) -> tuple[Tensor, Tensor]:
+            def beside(
+                seed: int, videos: list[Frames] = videos, samples: list[Frames] = samples
+            ) -> tuple[Tensor, Tensor]:
                 return (
                     clips(videos, options.frames, 1, options.clips, seed),
                     clips(samples, options.frames, 1, options.clips, seed + 1),
