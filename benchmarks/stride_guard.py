@@ -1,13 +1,14 @@
 """How often another stride is noticed, and falsely: `python -m benchmarks.stride_guard FOLDER …`.
 
-Each folder holds videos of one kind. Clips at strides 1 to 4 of all videos stand for generated ones beside real
-clips at stride 1 of the same videos, and of one half of the videos beside the other half; and the reverse (1/2
-to 1/4: the real clips have the larger stride). `contrast` has the same stride, with all differences of frames
+Each folder holds videos of one kind. Clips at strides 1 to 4 of all videos stand for generated ones beside
+real clips at stride 1 of the same videos, and of one half of the videos beside the other half; and the reverse
+(1/2 to 1/4: the real clips have the larger stride). `contrast` has the same stride, with all differences of frames
 times 0.8 or 1.25. With --generated every folder's clips stand beside those at their own stride, too.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import log
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def main() -> None:
                     clips(generated, options.frames, strides[1], options.clips, seed + 1),
                 )
 
-            told = [share(options.draws, lambda seed, r=ratio, at=at: at(r, seed)) for ratio in RATIOS]
+            told = [share(options.draws, partial(at, ratio)) for ratio in RATIOS]
 
             def changed(seed: int, at: Callable[..., Any] = at) -> tuple[Tensor, Tensor]:
                 real, generated = at(1.0, seed)

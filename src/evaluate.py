@@ -49,7 +49,7 @@ class Measured:
 @verb("evaluate", EvaluateConfig)
 def main(cfg: DictConfig) -> None:
     """Writes ``evaluation.json``: distances by their protocol, plain statistics, reconstruction."""
-    from .evaluation.comparing import Following
+    from .evaluation.comparing import Following, clip_step
     from .evaluation.measuring import Measuring
     from .model_folder import fingerprint, load_diffusion
     from .training.device import pick_device
@@ -74,6 +74,7 @@ def main(cfg: DictConfig) -> None:
         generated = sampled(cfg, model, made_by, following_clips(protocol, real))
     else:
         assert given is not None
+        clip_step(given, cfg.num_positions)
         made_by = {"content": share.from_first(lambda: given.fingerprint), "summary": given.summary()}
         generated = from_files(given, made_by["content"], protocol)
     following = Following(
@@ -94,9 +95,19 @@ def main(cfg: DictConfig) -> None:
 
 
 def check_request(cfg: DictConfig) -> None:
-    """Raises ConfigError for options that don't go together."""
+    """Raises ConfigError for options that can't be, or don't go together."""
+    from .metrics.uncertainty import LEAST_REPLICATES
+
     if (cfg.model is None) == (cfg.videos is None):
         raise ConfigError("give either model=FOLDER (videos are sampled) or videos=PATH (made before)")
+    for name, least in (
+        ("num_replicates", 0),
+        ("num_reconstructed", 0),
+        ("num_candidates", 1),
+        ("num_positions", 1),
+    ):
+        if cfg[name] is not None and cfg[name] < least:
+            raise ConfigError(f"{name} must be at least {least}, got {cfg[name]}")
     if cfg.num_positions != 1 and cfg.videos is None:
         raise ConfigError(
             f"num_positions={cfg.num_positions} is for long videos that were made before: sample them "
@@ -108,9 +119,17 @@ def check_request(cfg: DictConfig) -> None:
         raise ConfigError(
             "perceptual measures reconstructions: it needs model=FOLDER, videos=PATH has no autoencoder"
         )
-    for name, least in (("num_replicates", 0), ("num_reconstructed", 0), ("num_candidates", 1)):
-        if cfg[name] is not None and cfg[name] < least:
-            raise ConfigError(f"{name} must be at least {least}, got {cfg[name]}")
+    features = cfg.protocol.features
+    if features is not None and 0 < cfg.num_replicates < LEAST_REPLICATES:
+        raise ConfigError(
+            f"percentiles need at least {LEAST_REPLICATES} replicates, got num_replicates={cfg.num_replicates}; "
+            "0 does without"
+        )
+    if features is None and cfg.weights is not None:
+        raise ConfigError(
+            f"weights={cfg.weights} are a feature extractor's, and protocol.features=null has none; leave one "
+            "away"
+        )
 
 
 def measure(
@@ -332,8 +351,8 @@ def shown_folder(output: Path) -> Path:
     foreign = [name for name in inside if not (name.endswith(".mp4") or "nearest.csv" in name)]
     if foreign or folder.is_file():
         raise ConfigError(
-            f"the videos of output={output} would go into {folder}, which holds {(foreign or ['a file'])[0]}; "
-            "choose another name"
+            f"the videos of output={output} would go into {folder}, which holds "
+            f"{(foreign or ['a file'])[0]}; choose another name"
         )
     return folder
 

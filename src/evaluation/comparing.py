@@ -69,13 +69,7 @@ def clips_along(videos: Videos, items: Sequence[int], positions: int, fingerprin
     Raises:
         ValueError: if a video is too short for so many.
     """
-    step = videos.num_frames * videos.frame_stride
-    fit = (videos.shortest + videos.frame_stride - 1) // step
-    if not 1 <= positions <= fit:
-        raise ValueError(
-            f"num_positions={positions}: the shortest video has {videos.shortest:,} frames, which hold {fit} "
-            f"clips of {videos.num_frames} frames, {videos.frame_stride} apart"
-        )
+    step = clip_step(videos, positions)
 
     def frames(numbers: list[int]) -> Tensor:
         clips = []
@@ -92,6 +86,18 @@ def clips_along(videos: Videos, items: Sequence[int], positions: int, fingerprin
         "geometry": geometry(videos),
     }
     return ClipSet("along time", len(items) * positions, frames, key)
+
+
+def clip_step(videos: Videos, positions: int) -> int:
+    """Frames from one of so many neighbouring clips to the next; ValueError if a video is too short."""
+    step = videos.num_frames * videos.frame_stride
+    fit = (videos.shortest + videos.frame_stride - 1) // step
+    if not 1 <= positions <= fit:
+        raise ValueError(
+            f"num_positions={positions}: the shortest video has {videos.shortest:,} frames, which hold {fit} "
+            f"clips of {videos.num_frames} frames, {videos.frame_stride} apart"
+        )
+    return step
 
 
 def geometry(videos: Videos) -> dict[str, Any]:
@@ -171,8 +177,8 @@ class Following:
             )
         if len(protocol.seeds) > 1 and protocol.resample_generated and not self.resampled["generated"]:
             self.notes.append(
-                f"all {self.num_generated:,} given videos are used with every seed: the deviation over seeds is "
-                "that of the real side alone"
+                f"all {self.num_generated:,} given videos are used with every seed: the deviation over seeds "
+                "is that of the real side alone"
             )
         self.comparison = Comparison(
             protocol=protocol,
@@ -356,7 +362,9 @@ class Following:
         """What looks like a mistake in the generated videos; of given ones also another stride."""
         first = self.protocol.seeds[0]
         real, generated = self.real_rows(first), self.generated_rows(first)
-        return suspicions(real, generated) + (suspicious_stride(real, generated) if self._available is not None else [])
+        return suspicions(real, generated) + (
+            suspicious_stride(real, generated) if self._available is not None else []
+        )
 
     def _real_clips(self, items: list[int], seed: int, title: str) -> ClipSet:
         return chosen_clips(self.real, items, self.protocol.real_clip, seed, title, self.fingerprint)

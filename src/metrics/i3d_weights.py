@@ -36,8 +36,8 @@ CHECKPOINT_SIZE = 50_830_672
 WEIGHTS_SHA256 = "0ef0fbec5b359b4ee71eb9d501f63d7d0d8a89a9b1207d11932b528fea240721"
 CACHED_NAME = "i3d-kinetics-400.safetensors"
 BATCH_NORM_EPS = 1e-3
-# What the network says to `probe_video` with the package's weights: hundredths of its logits. Weights that went
-# through another framework's files keep it to 0.15 %, one layer mirrored in the last stage changes it by 2 %.
+# What the network says to `probe_video` with the package's weights: hundredths of its logits. Weights that
+# went through another framework's files keep it to 0.15 %, one mirrored layer of the last stage changes 2 %.
 _PROBE_LOGITS = (
     "21 420 531 289 -150 903 -2 -404 57 -39 296 -270 127 -187 -569 -358 241 -770 335 -264 355 845 -416 "
     "-518 -189 -230 471 60 154 -660 213 1154 -272 -969 -304 686 346 -125 -834 -729 -24 -224 -266 -497 "

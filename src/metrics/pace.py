@@ -16,8 +16,8 @@ _SIZE = 64  # pixels of a side that are looked at
 _STILL = 0.1  # grey levels below which motion is noise
 
 # In natural logarithms of motion: deviations of level, slope and curvature (over the binary logarithm of the
-# lag) and of single lags. Those of a good model's mean from the real one, and those of real clips of one kind,
-# which count like so many clips that were seen before.
+# lag) and of single lags. Those of a good model's mean from the real one, and those of real clips of one
+# kind, which count like so many clips that were seen before.
 _OF_MODELS = (0.25, 0.08, 0.03, 0.01)
 _OF_CLIPS, _SEEN_BEFORE = (0.7, 0.15, 0.08, 0.02), 20
 _LEAST_EVIDENCE = 1.25
@@ -27,7 +27,7 @@ _NUM_DEALS, _CHANCE = 100, 0.02
 def pace(frames: Tensor) -> Tensor:
     """How different frames are, the further apart they stand: uint8 ``b t h w c`` → ``b lags``.
 
-    The logarithm of the mean absolute difference at each of `LAGS`; NaN at those that a clip is too short for.
+    The logarithm of the mean absolute difference at each of `LAGS`; NaN where a clip is too short for one.
     """
     step = max(1, min(frames.shape[2:4]) // _SIZE)
     values = frames[:, :, ::step, ::step].float()

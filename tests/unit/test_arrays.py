@@ -111,7 +111,9 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             ArrayFile(tmp_path / name)
-    with pytest.raises(ValueError, match=r"cut.npy is truncated: for 5 videos \(7, 6, 8, 3\) it must hold 5,168"):
+    with pytest.raises(
+        ValueError, match=r"cut.npy is truncated: for 5 videos \(7, 6, 8, 3\) it must hold 5,168"
+    ):
         ArrayFile(cut)
     with pytest.raises(ValueError, match=r"the same number of videos, got a\.npy: 5, b\.npy: 4"):
         ArrayVideos(

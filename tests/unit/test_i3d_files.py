@@ -267,7 +267,9 @@ def other_order_of_classes(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
     """All classes but that of the largest logit for grey in another order."""
     state = unfolded(arrays, piergiaj)
     order = torch.cat([torch.arange(2), torch.arange(2, 400).flip(0)])
-    return state | {f"logits.conv3d.{name}": state[f"logits.conv3d.{name}"][order] for name in ("weight", "bias")}
+    return state | {
+        f"logits.conv3d.{name}": state[f"logits.conv3d.{name}"][order] for name in ("weight", "bias")
+    }
 
 
 def no_tensors(arrays: dict[str, Tensor]) -> dict[str, Tensor]:
