@@ -1,9 +1,10 @@
 """How often another stride is noticed, and falsely: `python -m benchmarks.stride_guard FOLDER …`.
 
 Each folder holds videos of one kind. Clips at strides 1 to 4 of all videos stand for generated ones beside
-real clips at stride 1 of the same videos, and of one half of the videos beside the other half; and the reverse
-(1/2 to 1/4: the real clips have the larger stride). `contrast` has the same stride, with all differences of frames
-times 0.8 or 1.25. With --generated every folder's clips stand beside those at their own stride, too.
+real clips at stride 1 of the same videos, and of one half of the videos beside the other half; and the
+reverse (1/2 to 1/4: the real clips have the larger stride). `contrast` has the same stride, with all
+differences of frames times 0.8 or 1.25. With --generated every folder's clips stand beside those at their own
+stride, too.
 """
 
 import argparse

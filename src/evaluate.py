@@ -122,13 +122,13 @@ def check_request(cfg: DictConfig) -> None:
     features = cfg.protocol.features
     if features is not None and 0 < cfg.num_replicates < LEAST_REPLICATES:
         raise ConfigError(
-            f"percentiles need at least {LEAST_REPLICATES} replicates, got num_replicates={cfg.num_replicates}; "
-            "0 does without"
+            f"percentiles need at least {LEAST_REPLICATES} replicates, got num_replicates="
+            f"{cfg.num_replicates}; 0 does without"
         )
     if features is None and cfg.weights is not None:
         raise ConfigError(
-            f"weights={cfg.weights} are a feature extractor's, and protocol.features=null has none; leave one "
-            "away"
+            f"weights={cfg.weights} are a feature extractor's, and protocol.features=null has none; leave "
+            "one away"
         )
 
 
