@@ -51,7 +51,7 @@ class Measured:
 def main(cfg: DictConfig) -> None:
     """Writes ``evaluation.json``: distances by their protocol, plain statistics, reconstruction."""
     from .data.storage import read_json
-    from .evaluation.comparing import Following
+    from .evaluation.comparing import Following, clip_step
     from .evaluation.measuring import Measuring
     from .model_folder import fingerprint, load_diffusion
     from .training.device import pick_device
@@ -60,7 +60,7 @@ def main(cfg: DictConfig) -> None:
     check_request(cfg)
     cfg.first_seed += 1_000_000 * cfg.seed
     protocol: Protocol = build(cfg.protocol)
-    share, device = Share(), pick_device(keeps_memory=cfg.model is not None)
+    share, device = Share(), pick_device(keeps_memory=cfg.model is not None and cfg.num_frames is None)
     output = output_path(cfg)
     model = None if cfg.model is None else load_diffusion(cfg.model).to(device)
     node = clip_geometry(cfg.dataset, None if model is None else short_videos_of(model), protocol)
@@ -80,6 +80,7 @@ def main(cfg: DictConfig) -> None:
         generated = sampled(cfg, model, made_by, following_clips(protocol, real))
     else:
         assert given is not None
+        clip_step(given, cfg.num_positions)
         made_by = {"content": share.from_first(lambda: given.fingerprint), "summary": given.summary()}
         if cfg.num_frames is not None:
             made_by["samples"] = (read_json(Path(source) / "samples.json") or {}).get("made_by")
@@ -102,8 +103,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def long_samples(cfg: DictConfig, protocol: "Protocol", output: Path, share: "Share") -> str:
-    """The folder, beside the result, with long videos that a model has made by a plan: as many as are "
-    "measured."""
+    """The folder, beside the result, with long videos made by a plan: as many as are measured."""
     from .sample import make_videos
 
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -116,21 +116,29 @@ def long_samples(cfg: DictConfig, protocol: "Protocol", output: Path, share: "Sh
 
 
 def check_request(cfg: DictConfig) -> None:
-    """Raises ConfigError for options that don't go together."""
+    """Raises ConfigError for options that can't be, or don't go together."""
+    from .metrics.uncertainty import LEAST_REPLICATES
+
     if (cfg.model is None) == (cfg.videos is None):
         raise ConfigError("give either model=FOLDER (videos are sampled) or videos=PATH (made before)")
+    for name, least in (
+        ("num_replicates", 0),
+        ("num_reconstructed", 0),
+        ("num_candidates", 1),
+        ("num_positions", 1),
+    ):
+        if cfg[name] is not None and cfg[name] < least:
+            raise ConfigError(f"{name} must be at least {least}, got {cfg[name]}")
     if cfg.num_positions != 1 and cfg.videos is None and cfg.num_frames is None:
         raise ConfigError(
-            f"num_positions={cfg.num_positions} is for long videos: give videos=FOLDER, or "
-            "num_frames=NUMBER to have "
-            "them sampled by a plan"
+            f"num_positions={cfg.num_positions} is for long videos: give videos=FOLDER, or num_frames=NUMBER to "
+            "have them sampled by a plan"
         )
     if cfg.num_frames is not None and (
         cfg.model is None or cfg.compare_untrained or cfg.perceptual is not None
     ):
         raise ConfigError(
-            f"num_frames={cfg.num_frames} has long videos sampled from model=FOLDER and measured: it goes "
-            "with "
+            f"num_frames={cfg.num_frames} has long videos sampled from model=FOLDER and measured: it goes with "
             "neither videos=PATH, nor compare_untrained=true, nor perceptual, which are about short ones"
         )
     if cfg.compare_untrained and cfg.model is None:
@@ -139,9 +147,17 @@ def check_request(cfg: DictConfig) -> None:
         raise ConfigError(
             "perceptual measures reconstructions: it needs model=FOLDER, videos=PATH has no autoencoder"
         )
-    for name, least in (("num_replicates", 0), ("num_reconstructed", 0), ("num_candidates", 1)):
-        if cfg[name] is not None and cfg[name] < least:
-            raise ConfigError(f"{name} must be at least {least}, got {cfg[name]}")
+    features = cfg.protocol.features
+    if features is not None and 0 < cfg.num_replicates < LEAST_REPLICATES:
+        raise ConfigError(
+            f"percentiles need at least {LEAST_REPLICATES} replicates, got num_replicates="
+            f"{cfg.num_replicates}; 0 does without"
+        )
+    if features is None and cfg.weights is not None:
+        raise ConfigError(
+            f"weights={cfg.weights} are a feature extractor's, and protocol.features=null has none; leave "
+            "one away"
+        )
 
 
 def measure(
@@ -211,6 +227,11 @@ def notes_on(following: "Following", model: "DiffusionModel | None", given: "Vid
         notes.append(
             "the I3D weights aren't exactly those of TF-Hub: compare only with numbers of the same file"
         )
+    if extractor is not None and extractor.name != "i3d":
+        notes.append(
+            f"the weights of {extractor.name} can't be checked by a known answer: the result names them by "
+            "their checksum; compare only with numbers of the same"
+        )
     if following.real.broken:
         count = len(following.real.broken)
         notes.append(f"{count:,} real videos are broken and left out, see python -m src.prepare")
@@ -238,12 +259,12 @@ def write(
         "generated": made_by,
         "drift": None if measured.drift is None else measured.drift.to_dict(),
         "copies": {"space": copies.space, "num_candidates": copies.num_candidates},
-        "videos": write_videos(output.parent, measured.shown, following.real.fps),
+        "videos": write_videos(shown_folder(output), measured.shown, following.real.fps),
         "notes": measured.notes,
         "software": software(),
         "created": now(),
     }
-    write_nearest(output.parent / "evaluation" / "nearest.csv", copies, training)
+    write_nearest(shown_folder(output) / "nearest.csv", copies, training)
     write_json(output, record)
 
 
@@ -335,6 +356,7 @@ def output_path(cfg: DictConfig) -> Path:
     given = list(cfg.videos) if isinstance(cfg.videos, ListConfig) else [cfg.videos]
     read = [("videos", name.partition("*")[0] if "*" in name else name) for name in given if name]
     read += [("dataset.root", cfg.dataset.get("root"))]
+    shown_folder(output)
     for option, name in read:
         if name and Path(name).resolve() in (output.resolve(), *output.resolve().parents):
             raise ConfigError(
@@ -342,6 +364,25 @@ def output_path(cfg: DictConfig) -> Path:
                 "the next time; choose another place: output=FILE.json"
             )
     return output
+
+
+def shown_folder(output: Path) -> Path:
+    """Where the videos and the table of a result lie: beside it, under its name.
+
+    Raises:
+        ConfigError: if the result's own place is a folder, or that folder holds anything else.
+    """
+    if output.is_dir():
+        raise ConfigError(f"output={output} is a folder; name a file: output={output}/evaluation.json")
+    folder = output.with_suffix("") if output.suffix else output.with_name(f"{output.name}_videos")
+    inside = sorted(child.name for child in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in inside if not (name.endswith(".mp4") or "nearest.csv" in name)]
+    if foreign or folder.is_file():
+        raise ConfigError(
+            f"the videos of output={output} would go into {folder}, which holds "
+            f"{(foreign or ['a file'])[0]}; choose another name"
+        )
+    return folder
 
 
 def extractor_of(
@@ -517,17 +558,17 @@ def now() -> str:
 
 
 def write_videos(folder: Path, sets: "dict[str, Tensor]", fps: float) -> dict[str, list[str]]:
-    """Writes mp4 files under ``evaluation/`` and gives their names relative to the folder."""
+    """Writes mp4 files into a folder and gives their names relative to where it lies."""
     from .data.video import write_video
 
     names: dict[str, list[str]] = {}
-    (folder / "evaluation").mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for title, clips in sets.items():
         names[title] = []
         for i, frames in enumerate(clips.numpy()):
-            name = f"evaluation/{title}_{i:02d}.mp4"
-            write_video(folder / name, frames, fps)
-            names[title].append(name)
+            path = folder / f"{title}_{i:02d}.mp4"
+            write_video(path, frames, fps)
+            names[title].append(f"{folder.name}/{path.name}")
     return names
 
 
@@ -539,7 +580,10 @@ def write_nearest(path: Path, copies: "NearestClips", training: "ClipDataset") -
         (float(distance), sample, training.entries[int(item)].path)
         for sample, (distance, item) in enumerate(zip(copies.distances, copies.items, strict=True))
     )
-    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_path(path) as part,
+        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         table = csv.writer(file)
         table.writerow(["sample", "distance", "training_video"])
         table.writerows([sample, f"{distance:.6g}", video] for distance, sample, video in rows)
@@ -573,7 +617,8 @@ def print_drift(along: "Drift") -> None:
     print(f"along time, by clip of {along.num_frames} frames (band: where 90 % of the real clips lie):")
     for name, distance in along.distances.items():
         values = " ".join(f"{value:.4g}" for value in distance.values)
-        print(f"  {name:25} {values}   real against real {distance.floor:.4g}")
+        floor = "" if distance.floor is None else f"   real against real {distance.floor:.4g}"
+        print(f"  {name:25} {values}{floor}")
     for name, curve in along.statistics.items():
         values = " ".join(f"{value:.3g}" for value in curve.median)
         left = "inside" if curve.left_at is None else f"outside from clip {curve.left_at}"

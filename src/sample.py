@@ -39,14 +39,15 @@ def make_videos(cfg: DictConfig, folder: Path, share: "Share") -> None:
     from tqdm import tqdm
 
     from .model_folder import fingerprint, load_diffusion
-    from .training.device import compile_in_place, pick_device, return_freed_memory
+    from .training.device import compile_in_place, give_back_freed_memory, pick_device
 
     check_request(cfg)
     machine: MachineSettings = typed(cfg, "machine", MachineSettings)
     is_long = cfg.num_frames is not None or cfg.video is not None or cfg.loop
-    if is_long:
-        return_freed_memory()
-    model = load_diffusion(cfg.model).to(pick_device(keeps_memory=not is_long))
+    device = pick_device(keeps_memory=not is_long)
+    if is_long and device.type == "cpu":
+        give_back_freed_memory(above=2**18)
+    model = load_diffusion(cfg.model).to(device)
     levels = levels_of(cfg, model, filling_model(cfg, model))
     wanted = Wanted.of(cfg, model, levels)
     if machine.compile:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -31,23 +32,29 @@ class ArrayFile:
             self.shape, dtype = self._header(file)
             self._begin = file.tell()
         self._check(dtype)
+        self._check_size()
         self._stream: IO[bytes] | None = None
         self._next = 0
 
     def video(self, index: int) -> Frames:
         """Frames ``t h w c`` of one video; going through them in order is fastest."""
-        if self._stream is None or index < self._next:
-            self.close()
-            self._stream = self._opened()
-            self._stream.read(self._begin)
-            self._next = 0
         num_bytes = math.prod(self.shape[1:])
-        if self._member is None:
-            self._stream.seek(self._begin + index * num_bytes)
-        else:
-            for _ in range(index - self._next):
-                self._stream.read(num_bytes)
-        content = self._stream.read(num_bytes)
+        try:
+            if self._stream is None or index < self._next:
+                self.close()
+                self._stream = self._opened()
+                self._stream.read(self._begin)
+                self._next = 0
+            if self._member is None:
+                self._stream.seek(self._begin + index * num_bytes)
+            else:
+                for _ in range(index - self._next):
+                    self._stream.read(num_bytes)
+            content = self._stream.read(num_bytes)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(
+                f"{self.path} is damaged in or before video {index} ({error}); copy or make it again"
+            ) from error
         if len(content) != num_bytes:
             raise ValueError(f"{self.path} ends in the middle of video {index}; copy or make it again")
         self._next = index + 1
@@ -77,7 +84,7 @@ class ArrayFile:
                 for name in names:
                     with archive.open(name) as file:
                         shapes[name] = self._header(file)[0]
-        except (zipfile.BadZipFile, OSError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
             raise ValueError(f"{self.path} is damaged, it isn't an npz file: {error}") from error
         videos = [name for name, shape in shapes.items() if len(shape) == 5]
         if len(videos) != 1:
@@ -105,12 +112,26 @@ class ArrayFile:
             axis = next((axis for axis in (1, 2) if self.shape[axis] in (1, 3)), None)
             order = {1: (0, 2, 3, 4, 1), 2: (0, 1, 3, 4, 2), None: None}[axis]
             raise ValueError(found + (f"; bring them there by array.transpose{order}" if order else ""))
-        if len(self.shape) != 5 or 0 in self.shape:
+        if len(self.shape) != 5 or min(self.shape) < 1:
             raise ValueError(found)
         if dtype != np.uint8:
             raise ValueError(
                 f"{found}. Values in [-1, 1] become 8 bits by ((x + 1) * 127.5).round().clip(0, 255)"
                 ".astype('uint8'), values in [0, 1] by (x * 255).round().clip(0, 255).astype('uint8')"
+            )
+
+    def _check_size(self) -> None:
+        """Raises ValueError unless the file is as long as its header says."""
+        expected = self._begin + math.prod(self.shape)
+        if self._member is None:
+            size = self.path.stat().st_size
+        else:
+            with zipfile.ZipFile(self.path) as archive:
+                size = archive.getinfo(self._member).file_size
+        if size < expected:
+            raise ValueError(
+                f"{self.path} is truncated: for {self.shape[0]:,} videos {self.shape[1:]} it must hold "
+                f"{expected:,} bytes, it has {size:,}; copy or make it again"
             )
 
 

@@ -32,19 +32,23 @@ def start_of(where: ClipPlace, room: int, seed: int, index: int) -> int:
     return where
 
 
-def order_of_videos(labels: Sequence[int], how: str, seed: int) -> list[int]:
+def order_of_videos(
+    labels: Sequence[int], how: str, seed: int, names: Sequence[str] | None = None
+) -> list[int]:
     """All videos of a set in the order in which they are chosen, by their indices.
 
     Args:
         labels: class of each video, -1 for none.
-        how: ``shuffled`` (a permutation drawn from the seed), ``sorted`` (as they stand), or ``balanced``
-            (each class in turn, both classes and the videos of each in a drawn order, until all are taken).
+        how: ``shuffled`` (a permutation drawn from the seed), ``sorted`` (by name, as Python sorts), or
+            ``balanced`` (each class in turn, both classes and the videos of each in a drawn order, until all
+            are taken).
         seed: of the draws.
+        names: their relative paths; without them ``sorted`` leaves them as they stand.
     """
     if how not in VIDEO_CHOICES:
         raise ValueError(f"unknown choice of videos {how!r}; choose one of: {', '.join(VIDEO_CHOICES)}")
     if how == "sorted":
-        return list(range(len(labels)))
+        return sorted(range(len(labels)), key=lambda index: names[index] if names else "")
     generator = clip_generator(seed, 0, "compared videos")
     shuffled: list[int] = torch.randperm(len(labels), generator=generator).tolist()
     if how == "shuffled":

@@ -615,6 +615,12 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return statistics.median(entry.fps for entry in self.entries) / self.frame_stride
 
     @property
+    def names(self) -> list[str]:
+        """Paths of the usable videos, relative to the folder that holds them all."""
+        root = os.path.commonpath([os.path.dirname(os.path.abspath(entry.path)) for entry in self.entries])
+        return [Path(os.path.relpath(entry.path, root)).as_posix() for entry in self.entries]
+
+    @property
     def fingerprint(self) -> str:
         """Identify the content by names, files' contents and frame counts: equal for a copy elsewhere."""
         return self._digest(self.entries, [])

@@ -30,7 +30,7 @@ def given_videos(
 
     Raises:
         FileNotFoundError: if there is nothing.
-        ValueError: if what is there can't be read as videos, or mixes forms.
+        ValueError: if nothing of what is there can be read as videos, or it mixes forms.
     """
     sources = [source] if isinstance(source, str) else list(source)
     paths = [Path(name) for given in sources for name in _expanded(given)]
@@ -63,6 +63,12 @@ def given_videos(
         root = os.path.commonpath([path.absolute().parent for path in files])
         names = [os.path.relpath(path.absolute(), root) for path in files]
     found = find_videos(root, names=names, strict=False, class_of=lambda name: "")
+    if not found.entries:
+        first = found.broken[0]
+        raise ValueError(
+            f"none of the {len(names):,} videos in videos={', '.join(sources)} can be read; the first: "
+            f"{first}"
+        )
     return ClipDataset(
         found.entries,
         found.classes,

@@ -106,8 +106,8 @@ def nearest_clips(
     if training is following.real and num_candidates is None:
         seeds = protocol.seeds if protocol.resample_real else protocol.seeds[:1]
         sets = [(following.real_items(seed), following.real_rows(seed), seed) for seed in seeds]
-        if (others := following.other_rows()) is not None:
-            sets.append((following.other_items(), others, first))
+        others = zip(following.floor_items(), following.floor_rows(), strict=True)
+        sets += [(items, rows, first) for items, rows in others if rows is not following.real_rows(first)]
         where = protocol.real_clip
     else:
         count = min(len(training), num_candidates or following.num_generated)
@@ -129,7 +129,7 @@ def nearest_clips(
         items=torch.tensor([places[row][0] for row in rows]),
         frames=torch.stack(frames),
         distances=found.distances[:, 0],
-        num_candidates=len(places),
+        num_candidates=len(set(places)),
         of_held_out=expected,
     )
 

@@ -19,7 +19,7 @@ from ..metrics.features import FeatureExtractor
 from ..metrics.frechet import GaussianStatistics, frechet_distance, resampled_frechet_distances
 from ..metrics.kernel import kernel_distance, kernel_distance_subsets, resampled_kernel_distances
 from ..metrics.protocol import Comparison, Protocol
-from ..metrics.suspicions import suspicions
+from ..metrics.suspicions import suspicions, suspicious_stride
 from ..metrics.uncertainty import bootstrap, extrapolated_floor, kernel_floor
 from .measuring import ClipSet, Measuring, Rows
 
@@ -69,13 +69,7 @@ def clips_along(videos: Videos, items: Sequence[int], positions: int, fingerprin
     Raises:
         ValueError: if a video is too short for so many.
     """
-    step = videos.num_frames * videos.frame_stride
-    fit = (videos.shortest + videos.frame_stride - 1) // step
-    if not 1 <= positions <= fit:
-        raise ValueError(
-            f"num_positions={positions}: the shortest video has {videos.shortest:,} frames, which hold {fit} "
-            f"clips of {videos.num_frames} frames, {videos.frame_stride} apart"
-        )
+    step = clip_step(videos, positions)
 
     def frames(numbers: list[int]) -> Tensor:
         clips = []
@@ -92,6 +86,18 @@ def clips_along(videos: Videos, items: Sequence[int], positions: int, fingerprin
         "geometry": geometry(videos),
     }
     return ClipSet("along time", len(items) * positions, frames, key)
+
+
+def clip_step(videos: Videos, positions: int) -> int:
+    """Frames from one of so many neighbouring clips to the next; ValueError if a video is too short."""
+    step = videos.num_frames * videos.frame_stride
+    fit = (videos.shortest + videos.frame_stride - 1) // step
+    if not 1 <= positions <= fit:
+        raise ValueError(
+            f"num_positions={positions}: the shortest video has {videos.shortest:,} frames, which hold {fit} "
+            f"clips of {videos.num_frames} frames, {videos.frame_stride} apart"
+        )
+    return step
 
 
 def geometry(videos: Videos) -> dict[str, Any]:
@@ -113,6 +119,21 @@ class Result:
 
     metrics: dict[str, float] = field(default_factory=dict)
     uncertainty: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What real videos score against other real ones.
+
+    Attributes:
+        values: by metric; none if there are too few videos.
+        measured_on: how many were compared.
+        between: which, in words.
+    """
+
+    values: dict[str, float]
+    measured_on: tuple[int, int]
+    between: str
 
 
 class Following:
@@ -140,7 +161,7 @@ class Following:
     ) -> None:
         self.protocol, self.measuring, self.extractor = protocol, measuring, extractor
         self.real, self.fingerprint, self._generated = real, fingerprint, generated
-        self._are_given = available is not None
+        self._available = available
         wanted_real = len(real) if protocol.num_real is None else protocol.num_real
         self.num_real = min(wanted_real, len(real))
         wanted = protocol.num_generated
@@ -153,6 +174,11 @@ class Following:
         if self.num_generated < wanted:
             self.notes.append(
                 f"only {self.num_generated:,} videos given, fewer than the protocol's {wanted:,}"
+            )
+        if len(protocol.seeds) > 1 and protocol.resample_generated and not self.resampled["generated"]:
+            self.notes.append(
+                f"all {self.num_generated:,} given videos are used with every seed: the deviation over seeds "
+                "is that of the real side alone"
             )
         self.comparison = Comparison(
             protocol=protocol,
@@ -169,11 +195,26 @@ class Following:
             weights=None if extractor is None else extractor.weights_sha256,
         )
 
+    @property
+    def resampled(self) -> dict[str, bool]:
+        """Which sides differ from seed to seed."""
+        protocol = self.protocol
+        all_given = self._available is not None and self._available <= self.num_generated
+        fixed = {
+            "real": protocol.real_clip != "random"
+            and (self.num_real == len(self.real) or protocol.real_videos == "sorted"),
+            "generated": protocol.generated_clip != "random" and all_given,
+        }
+        return {
+            "real": protocol.resample_real and not fixed["real"],
+            "generated": protocol.resample_generated and not fixed["generated"],
+        }
+
     @cache  # noqa: B019
     def order(self, seed: int) -> list[int]:
         """All real videos in the order in which the protocol chooses them."""
         labels = [entry.label for entry in self.real.entries]
-        return order_of_videos(labels, self.protocol.real_videos, seed)
+        return order_of_videos(labels, self.protocol.real_videos, seed, names=self.real.names)
 
     def real_items(self, seed: int) -> list[int]:
         """Indices of the real videos of a seed; all of them stand in their own order."""
@@ -186,18 +227,30 @@ class Following:
         seed = seed if self.protocol.resample_real else self.protocol.seeds[0]
         return self._needed(seed, self.rows_of(self._real_clips(self.real_items(seed), seed, "real")))
 
-    def other_items(self) -> list[int]:
-        """As many other real videos as there are generated ones; [] if the set holds too few."""
-        others = self.order(self.protocol.seeds[0])[self.num_real : self.num_real + self.num_generated]
-        return others if len(others) == self.num_generated else []
+    @cache  # noqa: B019
+    def floor_items(self) -> list[list[int]]:
+        """Two sets of real videos of one law, as many as on the two sides; none if the split holds too few.
+
+        They have no video in common. The first is the real side, unless that is no random choice: what comes
+        next in the order is then of other classes, and both are drawn from the whole split.
+        """
+        first = self.protocol.seeds[0]
+        order = self.order(first)
+        if self.protocol.real_videos != "shuffled":
+            order = order_of_videos([-1] * len(self.real), "shuffled", first)
+        end = self.num_real + self.num_generated
+        return [order[: self.num_real], order[self.num_real : end]] if end <= len(order) else []
 
     @cache  # noqa: B019
-    def other_rows(self) -> Rows | None:
-        """What is kept of other real videos; None if there are too few."""
-        items = self.other_items()
-        if not items:
-            return None
-        return self.rows_of(self._real_clips(items, self.protocol.seeds[0], "other real"))
+    def floor_rows(self) -> list[Rows]:
+        """What is kept of both sets of `floor_items`."""
+        first = self.protocol.seeds[0]
+        return [
+            self.real_rows(first)
+            if items == self.real_items(first)
+            else self.rows_of(self._real_clips(items, first, "other real"))
+            for items in self.floor_items()
+        ]
 
     @cache  # noqa: B019
     def generated_rows(self, seed: int) -> Rows:
@@ -231,8 +284,7 @@ class Following:
             for seed in self.protocol.seeds
         ]
         by_seed = [distances(real, generated, self.protocol) for real, generated in pairs]
-        others = self.other_rows()
-        floor, floor_of = self._floors(pairs[0][0], None if others is None else others["features"])
+        floor = self.floor()
         resampled = {
             "frechet_distance": resampled_frechet_distances,
             "kernel_distance": resampled_kernel_distances,
@@ -243,6 +295,7 @@ class Following:
             told: dict[str, Any] = {"by_seed": dict(zip(map(str, self.protocol.seeds), values, strict=True))}
             if len(values) > 1:
                 told["deviation_over_seeds"] = statistics.stdev(values)
+                told["resampled"] = self.resampled
             if metric in resampled and num_replicates:
                 drawn = bootstrap(*pairs[0], resampled[metric], num_replicates=num_replicates, seed=0)
                 low, high = (edge - drawn.estimate + values[0] for edge in drawn.interval)
@@ -252,9 +305,10 @@ class Following:
                     "seed": self.protocol.seeds[0],
                     "num_replicates": num_replicates,
                 }
-            if metric in floor:
-                told["floor"] = floor[metric]
-                told["floor_measured_on"] = list(floor_of)
+            if metric in floor.values:
+                told["floor"] = floor.values[metric]
+                told["floor_measured_on"] = list(floor.measured_on)
+                told["floor_measured_between"] = floor.between
             result.uncertainty[name] = told
         return result
 
@@ -273,27 +327,44 @@ class Following:
         if self.extractor is not None:
             at = rows["features"].unflatten(0, (len(items), positions)).transpose(0, 1)
             told = [distances(real["features"], features, self.protocol) for features in at]
-            others = self.other_rows()
-            floor, _ = self._floors(real["features"], None if others is None else others["features"])
-            for metric in floor:
+            floor = self.floor().values
+            for metric in told[0]:
                 values = [one[metric] for one in told]
-                curves[self.comparison.name(metric)] = DistanceCurve(values, floor[metric])
+                curves[self.comparison.name(metric)] = DistanceCurve(values, floor.get(metric))
         along = {name: rows[name].unflatten(0, (len(items), positions)) for name in STATISTICS}
         return measure_drift(
             along, {name: real[name] for name in STATISTICS}, self.real.num_frames, distances=curves
         )
 
-    def _floors(self, real: Tensor, others: Tensor | None) -> tuple[dict[str, float], tuple[int, int]]:
-        if min(len(real), self.num_generated) < 4:
-            return {}, (0, 0)
-        return floors(real, others, (self.num_real, self.num_generated), self.protocol)
+    @cache  # noqa: B019
+    def floor(self) -> "Floor":
+        """What real videos score against other real ones at the numbers of the two sides."""
+        wanted = (self.num_real, self.num_generated)
+        if min(wanted) < 4:
+            self.notes.append("no real videos are set against real ones: that needs 4 on both sides")
+            return Floor({}, (0, 0), "")
+        if rows := self.floor_rows():
+            between = "the real side and other real videos"
+            if self.protocol.real_videos != "shuffled":
+                between = "random parts of the whole split"
+                self.notes.append(
+                    f"the real side is a {self.protocol.real_videos} choice: real against real is measured "
+                    "between random parts of the whole split"
+                )
+            one, other = (part["features"] for part in rows)
+            return Floor(floor_of_sets(one, other, wanted, self.protocol), wanted, between)
+        real = self.real_rows(self.protocol.seeds[0])["features"]
+        half = len(real) // 2
+        values = floor_of_halves(real, wanted, self.protocol)
+        return Floor(values, (half, half), "random halves of the real side")
 
     def suspicions(self) -> list[str]:
         """What looks like a mistake in the generated videos; of given ones also another stride."""
         first = self.protocol.seeds[0]
         real, generated = self.real_rows(first), self.generated_rows(first)
-        motion = [float(rows["motion_energy"].double().mean()) for rows in (real, generated)]
-        return suspicions(real, generated, (motion[0], motion[1]) if self._are_given else None)
+        return suspicions(real, generated) + (
+            suspicious_stride(real, generated) if self._available is not None else []
+        )
 
     def _real_clips(self, items: list[int], seed: int, title: str) -> ClipSet:
         return chosen_clips(self.real, items, self.protocol.real_clip, seed, title, self.fingerprint)
@@ -320,28 +391,32 @@ def frechet_between(real: Tensor, generated: Tensor, protocol: Protocol) -> floa
     return frechet_distance(one, other, protocol.arithmetic)
 
 
-def floors(
-    real: Tensor, others: Tensor | None, wanted: tuple[int, int], protocol: Protocol
-) -> tuple[dict[str, float], tuple[int, int]]:
-    """What real videos score against other real ones, by metric, and how many were compared.
+def floor_of_sets(
+    real: Tensor, others: Tensor, wanted: tuple[int, int], protocol: Protocol
+) -> dict[str, float]:
+    """What real videos score against other real ones, by metric.
 
     Args:
-        real: features of the real side ``n d`` (or ``n t d``).
-        others: of other real videos; None if there are none, and halves of the first stand in.
+        real, others: features ``n d`` (or ``n t d``) of two sets of one law.
         wanted: videos of the two sides for which the floors shall hold.
         protocol: of the distances.
     """
-    both = real if others is None else torch.cat([real, others])
-    # Of single frames there is none: halves would share videos.
-    kernel = {"kernel_distance": kernel_floor(both, wanted, seed=0)} if both.ndim == 2 else {}
-    if others is not None:
-        between = frechet_between(real, others, protocol)
-        return {"frechet_distance": between} | kernel, (len(real), len(others))
+    between = frechet_between(real, others, protocol)
+    return {"frechet_distance": between} | _kernel_floor(torch.cat([real, others]), wanted)
+
+
+def floor_of_halves(real: Tensor, wanted: tuple[int, int], protocol: Protocol) -> dict[str, float]:
+    """`floor_of_sets` where there is only one set: between its parts, and their law goes on."""
     half = len(real) // 2
     by_size = [
         (size, mean_distance_of_parts(real, size, protocol)) for size in (half // 2, half) if size >= 2
     ]
-    return {"frechet_distance": extrapolated_floor(by_size, wanted)} | kernel, (half, half)
+    return {"frechet_distance": extrapolated_floor(by_size, wanted)} | _kernel_floor(real, wanted)
+
+
+def _kernel_floor(real: Tensor, wanted: tuple[int, int]) -> dict[str, float]:
+    # Of single frames there is none: halves would share videos.
+    return {"kernel_distance": kernel_floor(real, wanted, seed=0)} if real.ndim == 2 else {}
 
 
 def mean_distance_of_parts(features: Tensor, size: int, protocol: Protocol, num_draws: int = 8) -> float:

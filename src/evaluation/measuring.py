@@ -24,7 +24,7 @@ from ..metrics.video_statistics import pixel_features
 from ..training.share import Share
 
 # Of what is kept on the disk: another number makes all of it anew.
-FORMAT = 1
+FORMAT = 2
 NUM_SHOWN = 8
 
 Rows = dict[str, Tensor]

@@ -48,10 +48,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class DistanceCurve:
-    """A distance to real clips, of each window, and what real clips score for the same numbers of videos."""
+    """A distance to real clips, of each window, and what real clips score for the same numbers of videos.
+
+    The latter is None where it can't be told.
+    """
 
     values: list[float]
-    floor: float
+    floor: float | None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .torchvision_import import declare_torchvision_operators
+from .weight_files import read_state
 
 Backbone = Literal["vgg", "alex", "squeeze"]
 
@@ -129,17 +130,16 @@ def perceptual_distance(
         raise ValueError(f"unknown LPIPS backbone {net!r}; choices: {', '.join(_BACKBONE_FILES)}")
     if random and weights is not None:
         raise ValueError(f"a random backbone takes no weights, got {weights}")
-    state = (
-        None if random else torch.load(_backbone_path(net, weights), weights_only=True, map_location="cpu")
-    )
+    path = None if random else _backbone_path(net, weights)
+    state = None if path is None else read_state(path)
     lpips = _import_lpips()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="torchvision")  # the package calls it by an old argument
         torch.manual_seed(0)
         # `pnet_rand` keeps the package from downloading; its heads come with it.
         network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    if state is not None:
-        _load_backbone(network.net, state, net)
+    if path is not None and state is not None:
+        _load_backbone(network.net, state, path, net)
     return PerceptualDistance(
         network.scaling_layer, network.net, network.lins, "lpips_random" if random else f"lpips_{net}"
     )
@@ -170,7 +170,7 @@ def _backbone_path(net: Backbone, weights: str | Path | None) -> Path:
     )
 
 
-def _load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], net: Backbone) -> None:
+def _load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], path: Path, net: Backbone) -> None:
     """Load torchvision's `features.3.weight` into what the package calls `slice2.3.weight`."""
     ours = backbone.state_dict()
     renamed = {name: f"features.{name.split('.', 1)[1]}" for name in ours}
@@ -181,7 +181,7 @@ def _load_backbone(backbone: nn.Module, state: Mapping[str, Tensor], net: Backbo
     ]
     if wrong:
         raise ValueError(
-            f"the file doesn't hold torchvision's {_BACKBONE_FILES[net]}: "
+            f"{path} doesn't hold torchvision's {_BACKBONE_FILES[net]}: "
             f"missing or misshapen {', '.join(wrong)}"
         )
     backbone.load_state_dict({name: state[theirs] for name, theirs in renamed.items()})

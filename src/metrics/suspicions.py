@@ -9,11 +9,12 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor
 
+from .pace import other_stride, pace
+
 # A share of videos that can't be chance, and a share of pixels that real videos never have.
 _MOST, _FEW = 0.95, 0.01
 # Black, mapped from [0, 1] as if from [-1, 1], is 127 or 128.
 DARK = 120
-_MOTION_FACTOR = 2.0
 
 
 def traits(frames: Tensor) -> dict[str, Tensor]:
@@ -21,7 +22,8 @@ def traits(frames: Tensor) -> dict[str, Tensor]:
 
     `colour` is the mean of red, green, blue in [0, 255]; `dark` the share of values clearly below the
     middle of the range; `black` the share of zeros; `spread` the deviation within a colour; `stillness` the
-    share of neighbouring frames that are equal; `content` the first 16 bytes of a checksum, as numbers.
+    share of neighbouring frames that are equal; `pace` how fast they become different (`metrics.pace`);
+    `content` the first 16 bytes of a checksum, as numbers.
     """
     values = frames.float()
     colour = reduce(values, "b t h w c -> b c", "mean")
@@ -39,18 +41,16 @@ def traits(frames: Tensor) -> dict[str, Tensor]:
         "black": reduce((frames == 0).float(), "b t h w c -> b", "mean"),
         "spread": reduce(around.square(), "b t h w c -> b", "mean").sqrt(),
         "stillness": same,
+        "pace": pace(frames),
         "content": torch.tensor([list(digest) for digest in content], dtype=torch.uint8),
     }
 
 
-def suspicions(
-    real: Mapping[str, Tensor], generated: Mapping[str, Tensor], motion: tuple[float, float] | None = None
-) -> list[str]:
+def suspicions(real: Mapping[str, Tensor], generated: Mapping[str, Tensor]) -> list[str]:
     """Sentences on what looks like a mistake in the generated videos, beside the real ones.
 
     Args:
         real, generated: `traits` of all videos of each side.
-        motion: mean motion of real and of generated videos.
     """
     found = []
     count = len(generated["dark"])
@@ -85,13 +85,16 @@ def suspicions(
         found.append(
             "the colours fit the real ones better with red and blue exchanged: were frames written as BGR?"
         )
-    if motion is not None and min(motion) > 0:
-        ratio = motion[1] / motion[0]
-        if not 1 / _MOTION_FACTOR < ratio < _MOTION_FACTOR:
-            found.append(
-                f"generated videos move {ratio:.2g} times as much as real ones: do both have the same stride?"
-            )
     return found
+
+
+def suspicious_stride(real: Mapping[str, Tensor], generated: Mapping[str, Tensor]) -> list[str]:
+    """A sentence if the generated videos seem to have another stride than the real ones; see `suspicions`."""
+    factor = other_stride(real["pace"], generated["pace"])
+    if factor is None:
+        return []
+    times = f"{factor:.0f} times" if factor > 1 else f"1/{1 / factor:.0f} of"
+    return [f"generated videos move like real ones at about {times} their stride: do both have the same?"]
 
 
 def _looks_swapped(real: Tensor, generated: Tensor) -> bool:

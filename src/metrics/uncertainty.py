@@ -16,6 +16,7 @@ from .kernel import resampled_kernel_distances
 ResampledDistances = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 _CONFIDENCE = 0.95
+LEAST_REPLICATES = 20
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,10 @@ def bootstrap(
             "features must have shapes (n, d) and (m, d), or (n, t, d) and (m, t, d), "
             f"got {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    if num_replicates < 20:
-        raise ValueError(f"percentiles need at least 20 replicates, got num_replicates={num_replicates}")
+    if num_replicates < LEAST_REPLICATES:
+        raise ValueError(
+            f"percentiles need at least {LEAST_REPLICATES} replicates, got num_replicates={num_replicates}"
+        )
     generator = torch.Generator().manual_seed(seed)
     counts_x, counts_y = (_drawn_with_replacement(len(side), num_replicates, generator) for side in (x, y))
     as_they_are = [torch.ones(1, len(side), dtype=torch.int64) for side in (x, y)]

@@ -127,7 +127,7 @@ def write_page(runs: Sequence[Run], output: str | Path, title: str) -> None:
     if not runs:
         raise ValueError("a report needs at least one run; give runs=[FOLDER,…]")
     with atomic_path(Path(output)) as part:
-        part.write_text(render(runs, title), encoding="utf-8")
+        part.write_text(render(runs, title), encoding="utf-8", errors="backslashreplace")
 
 
 def render(runs: Sequence[Run], title: str) -> str:
@@ -239,6 +239,7 @@ def _cards(evaluation: Evaluation) -> list[Card]:
     if "nearest_training_clip" in metrics:
         held_out = metrics.get("nearest_training_clip_of_held_out")
         context = "distance of samples" if held_out is None else f"held-out real clips: {number(held_out, 3)}"
+        context += f"; in {evaluation.space}" if evaluation.space else ""
         cards.append(
             Card("to the nearest training clip", number(metrics["nearest_training_clip"], 3), context)
         )
@@ -248,7 +249,7 @@ def _cards(evaluation: Evaluation) -> list[Card]:
 def _table(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[Row]]]:
     """Rows by heading: every metric that any run has, one column a run.
 
-    Distances that were measured in different ways never share a row.
+    Distances that were measured in different ways, or in different spaces, never share a row.
     """
     names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.metrics))
     groups: dict[str, list[Row]] = {heading: [] for _, heading, _ in (*_MEANINGS, ("", "Other", ""))}
@@ -259,18 +260,22 @@ def _table(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[Row]]]:
         if name.endswith("_untrained"):
             meaning = "the same network before training"
         measured = [evaluation for evaluation in evaluations if name in evaluation.metrics]
-        ways = list(dict.fromkeys(e.comparison if _is_distance(name) else "" for e in measured))
+        ways = list(dict.fromkeys(_way(e, name) for e in measured))
         for way in ways:
             values = [
-                _value(e, name)
-                if name in e.metrics and (not _is_distance(name) or e.comparison == way)
-                else "–"
-                for e in evaluations
+                _value(e, name) if name in e.metrics and _way(e, name) == way else "–" for e in evaluations
             ]
-            protocol = next((e.protocol for e in measured if e.comparison == way), "")
-            told = f"{name} [{protocol} {way[:6]}]" if len(ways) > 1 else name
+            told = f"{name} [{way[1]}]" if len(ways) > 1 else name
             groups[heading].append(Row(told, meaning, values))
     return [(heading, rows) for heading, rows in groups.items() if rows]
+
+
+def _way(evaluation: Evaluation, name: str) -> tuple[str, str]:
+    """How a metric was measured, and that for people: values share a row if the first is the same."""
+    if _is_distance(name):
+        way = evaluation.comparison
+        return way, f"{evaluation.protocol} {way[:6]}"
+    return (evaluation.space,) * 2 if name.startswith("nearest_training_clip") else ("", "")
 
 
 def _is_distance(name: str) -> bool:

@@ -56,6 +56,7 @@ class Evaluation:
         beside: what is told beside some of them: deviation over seeds, floor.
         comparison: identifies what was compared with what, and how; only distances with equal ones compare.
         protocol: its name.
+        space: in which the nearest training clips were looked for.
         sentence: the conditions in words.
         videos: by kind.
         notes: what has to be known of the numbers.
@@ -65,6 +66,7 @@ class Evaluation:
     beside: Mapping[str, str] = field(default_factory=dict)
     comparison: str = ""
     protocol: str = ""
+    space: str = ""
     sentence: str = ""
     videos: Mapping[str, Sequence[Clip]] = field(default_factory=dict)
     notes: Sequence[str] = ()
@@ -200,11 +202,13 @@ def _read_evaluation(folder: Path, problems: list[str]) -> Evaluation | None:
         paths = [_inside(folder, name, problems) for name in (names if isinstance(names, list) else [])]
         videos[str(title)] = [Clip(path) for path in paths if path is not None]
     notes = told.get("notes")
+    copies = told.get("copies")
     comparison, uncertainty = told.get("comparison"), told.get("uncertainty")
     return Evaluation(
         beside=_beside(uncertainty if isinstance(uncertainty, dict) else {}),
         comparison=str(comparison.get("digest", "")) if isinstance(comparison, dict) else "",
         protocol=str(protocol.get("name", "")) if isinstance(protocol, dict) else "",
+        space=str(copies.get("space", "")) if isinstance(copies, dict) else "",
         metrics={str(name): float(value) for name, value in metrics.items() if _is_number(value)},
         sentence=str(sentence or ""),
         videos=videos,

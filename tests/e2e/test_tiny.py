@@ -515,7 +515,7 @@ def test_an_evaluation_that_was_killed_goes_on_and_ends_in_the_same(home: Path, 
     )
     del straight["created"], killed["created"]
     assert straight == killed
-    sizes = {name: probe(tmp_path / f"straight/evaluation/{name}_00.mp4") for name in ("real", "generated")}
+    sizes = {name: probe(tmp_path / f"straight/e/{name}_00.mp4") for name in ("real", "generated")}
     assert all((info.height, info.width) == (16, 16) for info in sizes.values()), "made for another size"
 
 

@@ -1,7 +1,9 @@
 """Videos in NumPy files against NumPy's own reading of them."""
 
+import io
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -109,12 +111,49 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             ArrayFile(tmp_path / name)
-    with pytest.raises(ValueError, match="ends in the middle of video 4"):
-        ArrayFile(cut).video(4)
+    with pytest.raises(
+        ValueError, match=r"cut.npy is truncated: for 5 videos \(7, 6, 8, 3\) it must hold 5,168"
+    ):
+        ArrayFile(cut)
     with pytest.raises(ValueError, match=r"the same number of videos, got a\.npy: 5, b\.npy: 4"):
         ArrayVideos(
             [[saved(tmp_path / "a", videos(), "npy"), saved(tmp_path / "b", videos(4), "npy")]], **GEOMETRY
         )
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((10**9, 7, 6, 8, 3), "is truncated: for 1,000,000,000 videos"),
+        ((-5, 7, 6, 8, 3), r"\(-5, 7, 6, 8, 3\), expected uint8"),
+        ((5, -7, -6, 8, 3), r"\(5, -7, -6, 8, 3\), expected uint8"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_header_that_claims_what_cant_be_is_refused_at_once(tmp_path, shape, message, packed):
+    content = io.BytesIO()
+    np.lib.format.write_array_header_1_0(content, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    content.write(videos().tobytes())
+    path = tmp_path / f"a.np{'z' if packed else 'y'}"
+    if packed:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("arr_0.npy", content.getvalue())
+    else:
+        path.write_bytes(content.getvalue())
+    with pytest.raises(ValueError, match=message):
+        ArrayVideos([[path]], **GEOMETRY)
+
+
+@pytest.mark.parametrize("how", ["npz", "compressed"])
+def test_a_flipped_byte_is_told_with_the_file(tmp_path, how):
+    path = saved(tmp_path / "a", videos(num=40), how)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x55
+    path.write_bytes(content)
+    damaged = ArrayFile(path)
+    with pytest.raises(ValueError, match=r"a\.npz is damaged in or before video \d+ "):
+        for index in range(40):
+            damaged.video(index)
 
 
 class Trap:

@@ -44,6 +44,12 @@ def test_sorted_videos_stand_as_they_do():
     assert order_of_videos(LABELS, "sorted", 9) == list(range(15))
 
 
+def test_sorted_is_pythons_order_of_names():
+    names = ["b/clip 2.mp4", "b/clip 10.mp4", "a.mp4", "B.mp4", "a/1.mp4"]
+    order = order_of_videos([-1] * 5, "sorted", 9, names=names)
+    assert [names[index] for index in order] == sorted(names)
+
+
 def test_any_beginning_of_a_balanced_order_has_equally_many_of_each_class():
     order = order_of_videos(LABELS, "balanced", 3)
     for count in range(1, 10):  # until the smallest class, of three, is used up

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from src.config import build
 from src.data.arrays import ArrayVideos
+from src.data.choice import order_of_videos
 from src.data.clips import ClipDataset
-from src.evaluation.comparing import Following, chosen_clips, clips_along, distances, floors
+from src.evaluation.comparing import Following, chosen_clips, clips_along, distances, floor_of_halves
 from src.evaluation.measuring import ClipSet, Measuring
 from src.metrics.protocol import Protocol
 from src.metrics.uncertainty import extrapolated_floor
@@ -116,8 +117,8 @@ def test_each_seed_takes_clips_of_its_own_and_numbers_are_numpys(dataset):
 def test_the_floor_is_that_of_other_real_videos(dataset):
     followed = following(dataset, protocol())
     told = followed.result(0).uncertainty["fvd_fast@8vs6"]
-    mine, others = followed.real_items(0), followed.other_items()
-    assert len(others) == 6 and not set(mine) & set(others)
+    mine, others = followed.floor_items()
+    assert mine == followed.real_items(0) and len(others) == 6 and not set(mine) & set(others)
     sides = [
         colours(torch.stack([dataset.clip(item, "random", 0)["frames"] for item in items]))
         for items in (mine, others)
@@ -126,9 +127,39 @@ def test_the_floor_is_that_of_other_real_videos(dataset):
     assert told["floor_measured_on"] == [8, 6] and "bootstrap" not in told
 
 
+@pytest.mark.parametrize("how", ["sorted", "balanced"])
+def test_the_floor_beside_a_choice_that_isnt_random_is_between_parts_of_the_whole_split(dataset, how):
+    """The next in sorted order are of the next classes: against them even real videos are far."""
+    followed = following(dataset, protocol(real_videos=how))
+    told = followed.result(0).uncertainty["fvd_fast@8vs6"]
+    order = order_of_videos([-1] * NUM_VIDEOS, "shuffled", 0)
+    assert followed.floor_items() == [order[:8], order[8:14]]
+    sides = [
+        colours(torch.stack([dataset.clip(item, "random", 0)["frames"] for item in items]))
+        for items in (order[:8], order[8:14])
+    ]
+    assert told["floor"] == pytest.approx(numpy_frechet(*sides), rel=1e-5)
+    assert told["floor_measured_on"] == [8, 6]
+    assert told["floor_measured_between"] == "random parts of the whole split"
+    assert any("real against real is measured between random parts" in note for note in followed.notes)
+
+
+def test_fewer_than_four_videos_have_distances_but_no_floor(dataset, tmp_path):
+    video = np.random.default_rng(0).integers(0, 256, (3, 8, 16, 16, 3), np.uint8)
+    np.save(tmp_path / "long.npy", video)
+    long = ArrayVideos(
+        [[tmp_path / "long.npy"]], num_frames=4, frame_stride=1, resolution=(16, 16), crop="squash"
+    )
+    followed = following(dataset, protocol(), available=3)
+    assert "floor" not in followed.result(0).uncertainty["fvd_fast@8vs3"]
+    curve = followed.drift(long, long.fingerprint, 2).distances["fvd_fast@8vs3"]
+    assert len(curve.values) == 2 and curve.floor is None
+    assert sum("needs 4 on both sides" in note for note in followed.notes) == 1
+
+
 def test_without_other_videos_parts_stand_in_and_their_law_goes_on(dataset):
     followed = following(dataset, protocol(num_real=28))
-    assert followed.other_items() == []
+    assert followed.floor_items() == []
     told = followed.result(0).uncertainty["fvd_fast@28vs6"]
     real = colours(torch.stack([dataset.clip(i, "random", 0)["frames"] for i in followed.real_items(0)]))
     by_size = []
@@ -164,12 +195,33 @@ def test_a_side_that_isnt_resampled_is_that_of_the_first_seed(dataset):
     assert torch.equal(half.generated_rows(2)["features"], half.generated_rows(5)["features"])
 
 
+def test_the_deviation_over_seeds_says_which_sides_were_resampled(dataset):
+    rules = protocol(seeds=(0, 3))
+    name = "fvd_fast@8vs6"
+    for available, generated in ((None, True), (7, True), (6, False)):
+        followed = following(dataset, rules, available)
+        told = followed.result(0).uncertainty[name]["resampled"]
+        assert told == {"real": True, "generated": generated}
+        said = [note for note in followed.notes if "all 6 given videos are used with every seed" in note]
+        assert bool(said) is not generated
+    fixed = following(dataset, protocol(seeds=(0, 3), real_videos="sorted", real_clip="first"))
+    assert fixed.resampled == {"real": False, "generated": True}
+    assert len(set(fixed.result(0).uncertainty[name]["by_seed"].values())) == 2
+
+
+def test_sorted_videos_are_in_pythons_order_of_their_paths(dataset, monkeypatch):
+    names = [f"class {i % 3}/{i}.mp4" for i in range(NUM_VIDEOS)]
+    monkeypatch.setattr(type(dataset), "names", names)
+    followed = following(dataset, protocol(real_videos="sorted"))
+    assert [names[item] for item in followed.real_items(0)] == sorted(names)[:8]
+
+
 @pytest.mark.parametrize(("where", "start"), [("first", 0), ("middle", None)])
 def test_the_clip_of_a_video_is_the_one_that_the_protocol_names(dataset, where, start):
     followed = following(dataset, protocol(real_clip=where, real_videos="sorted"))
-    entry = dataset.entries[3]
-    start = (entry.num_frames - 4) // 2 if start is None else start
-    expected = dataset.clip(3, start)["frames"]
+    item = followed.real_items(0)[3]
+    start = (dataset.entries[item].num_frames - 4) // 2 if start is None else start
+    expected = dataset.clip(item, start)["frames"]
     clips = chosen_clips(dataset, followed.real_items(0), where, 0, "real", "")
     assert torch.equal(clips.frames([3])[0], expected)
     assert torch.equal(followed.real_rows(0)["shown"][3], expected)
@@ -261,5 +313,4 @@ def test_each_set_is_measured_once_even_where_nothing_can_be_kept(dataset, tmp_p
 def test_floors_of_single_frames_have_no_kernel_distance():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(8, 4, 3, generator=generator, dtype=torch.float64)
-    told, measured = floors(features, None, (8, 8), protocol())
-    assert told.keys() == {"frechet_distance"} and measured == (4, 4)
+    assert floor_of_halves(features, (8, 8), protocol()).keys() == {"frechet_distance"}

@@ -162,3 +162,34 @@ def test_the_end_of_a_launcher_ends_its_processes(tmp_path):
     while not (said.exists() and said.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert said.read_text() == "asked"
+
+
+HOLDS = """
+import ctypes, sys
+from pathlib import Path
+from src.training.device import pick_device
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+pick_device(keeps_memory=sys.argv[1] == "keeps")
+libc.free(libc.malloc(30 * 2**20))  # glibc keeps pieces of that size from now on, by default
+before, pieces = resident(), []
+for size in [20 * 2**20, 2**20] * 8:
+    pieces.append(libc.malloc(size))
+    ctypes.memset(pieces[-1], 1, size)
+for large in pieces[::2]:
+    libc.free(large)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks glibc")
+def test_large_pieces_are_given_back_where_memory_shall_not_be_kept():
+    held = {
+        how: float(subprocess.run([sys.executable, "-c", HOLDS, how], capture_output=True, check=True).stdout)
+        for how in ("gives back", "keeps")
+    }
+    assert held["gives back"] < 30 < 150 < held["keeps"], "MB, after 160 of 168 were freed"

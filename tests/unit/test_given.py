@@ -82,6 +82,12 @@ def test_what_cant_be_used_is_left_out_and_named(folder):
     assert "short.mp4: 5 frames" in given.summary() and "broken.mp4" in given.summary()
 
 
+def test_where_all_are_broken_the_option_is_named(folder):
+    (folder / "video 0.mp4").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"none of the 1 videos in videos=.*made can be read; the first: .*"):
+        given_videos(str(folder), **GEOMETRY)
+
+
 def test_what_isnt_there_or_isnt_a_video_is_told(folder):
     np.save(folder / "a.npy", np.zeros((2, 9, 32, 32, 3), np.uint8))
     (folder / "notes.txt").write_text("hello")

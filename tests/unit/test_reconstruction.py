@@ -174,3 +174,27 @@ def test_wrong_choices_are_refused(shared):
         perceptual_distance("squeeze", path, random=True)
     with pytest.raises(ValueError, match=r"got \(1, 1, 40, 40\)"):
         perceptual_distance("squeeze", path)(torch.zeros(1, 1, 40, 40), torch.zeros(1, 1, 40, 40))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<html>quota exceeded</html>", "is no file of weights: it is a web page"),
+        (b"", "is no file of weights: it is empty"),
+        (b"\x80\x04K\x01.", "can't read weights from|holds no state dict"),
+        (b"PK\x03\x04 but no archive", "can't read weights from"),
+    ],
+)
+def test_a_backbone_that_is_no_file_of_weights_is_named(tmp_path, content, message):
+    path = tmp_path / "alex.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        perceptual_distance("alex", path)
+    assert str(path) in str(error.value)
+
+
+def test_another_networks_weights_are_refused_with_the_file(tmp_path):
+    path = tmp_path / "alex.pth"
+    torch.save({"conv.weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=f"{path} doesn't hold torchvision's alexnet"):
+        perceptual_distance("alex", path)

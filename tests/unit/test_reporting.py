@@ -372,6 +372,27 @@ def test_distances_measured_in_different_ways_never_share_a_row(folder, tmp_path
     assert values["contrast_ratio"] == ["0.987", "0.987", "0.987"], "plain statistics compare"
 
 
+def test_nearest_clips_in_different_spaces_never_share_a_row(folder, tmp_path):
+    other = Path(shutil.copytree(folder, tmp_path / "runs" / "other"))
+    for run, value, space in ((folder, 12.5, "i3d features"), (other, 0.25, "pixels")):
+        told = json.loads((run / "evaluation.json").read_text())
+        told |= {"metrics": {"nearest_training_clip": value}, "copies": {"space": space}}
+        (run / "evaluation.json").write_text(json.dumps(told))
+    text = render([load_run(folder), load_run(other)], "T")
+    rows = re.findall(r"<tr><td><code>(.*?)</code></td>(.*?)<td class=.meaning", text)
+    values = {name: re.findall(r">([^<>]+)</td>", cells) for name, cells in rows}
+    assert values["nearest_training_clip [i3d features]"] == ["12.5", "–"]
+    assert values["nearest_training_clip [pixels]"] == ["–", "0.25"]
+    assert "nearest_training_clip" not in values and "distance of samples; in pixels" in text
+
+
+def test_names_that_are_no_text_do_not_stop_a_page(folder, tmp_path):
+    told = json.loads((folder / "evaluation.json").read_text()) | {"notes": ["caf\udce9.mp4"]}
+    (folder / "evaluation.json").write_text(json.dumps(told))
+    write_page([load_run(folder)], tmp_path / "page.html", "T")
+    assert "caf\\udce9.mp4" in (tmp_path / "page.html").read_text()
+
+
 def test_the_page_is_written_whole_or_not_at_all(folder, tmp_path, monkeypatch):
     output = tmp_path / "pages" / "report.html"
     write_page([load_run(folder)], output, "T")

@@ -25,13 +25,13 @@ def sound() -> Tensor:
     return rendered("test")
 
 
-def told(real: Tensor, generated: Tensor, motion: tuple[float, float] | None = None) -> list[str]:
-    return suspicions(traits(real), traits(generated), motion)
+def told(real: Tensor, generated: Tensor) -> list[str]:
+    return suspicions(traits(real), traits(generated))
 
 
 def test_sound_videos_are_not_suspected(real, sound):
-    assert told(real, sound, (0.02, 0.03)) == []
-    assert told(sound, real, (0.03, 0.02)) == []
+    assert told(real, sound) == []
+    assert told(sound, real) == []
 
 
 MISTAKES = {
@@ -51,13 +51,6 @@ def test_each_mistake_is_noticed(real, sound, message):
     mistaken = MISTAKES[message](sound.float()).to(torch.uint8)
     found = told(real, mistaken)
     assert any(message in sentence for sentence in found), found
-
-
-def test_a_wrong_stride_shows_in_the_motion(real, sound):
-    (found,) = told(real, sound, (0.01, 0.031))
-    assert "move 3.1 times as much as real ones" in found
-    (found,) = told(real, sound, (0.031, 0.01))
-    assert "move 0.32 times as much" in found
 
 
 def test_a_few_still_videos_are_no_mistake_where_real_ones_stand_still_too(real, sound):
