@@ -131,15 +131,15 @@ def check_request(cfg: DictConfig) -> None:
             raise ConfigError(f"{name} must be at least {least}, got {cfg[name]}")
     if cfg.num_positions != 1 and cfg.videos is None and cfg.num_frames is None:
         raise ConfigError(
-            f"num_positions={cfg.num_positions} is for long videos: give videos=FOLDER, or num_frames=NUMBER to "
-            "have them sampled by a plan"
+            f"num_positions={cfg.num_positions} is for long videos: give videos=FOLDER, or num_frames=NUMBER "
+            "to have them sampled by a plan"
         )
     if cfg.num_frames is not None and (
         cfg.model is None or cfg.compare_untrained or cfg.perceptual is not None
     ):
         raise ConfigError(
-            f"num_frames={cfg.num_frames} has long videos sampled from model=FOLDER and measured: it goes with "
-            "neither videos=PATH, nor compare_untrained=true, nor perceptual, which are about short ones"
+            f"num_frames={cfg.num_frames} has long videos sampled from model=FOLDER and measured: it goes "
+            "with neither videos=PATH, nor compare_untrained=true, nor perceptual, which are about short ones"
         )
     if cfg.compare_untrained and cfg.model is None:
         raise ConfigError("compare_untrained=true needs model=FOLDER, there is no network behind videos=PATH")

@@ -215,12 +215,12 @@ def keep_freed_memory() -> None:
 def give_back_freed_memory(above: int = 16 * 2**20) -> None:
     """Lets this process give large pieces of memory back as soon as they are freed.
 
-    By default glibc keeps pieces of up to 32 MB once some were freed, with the gaps between them, and the heap
-    of a long job grows, now and then, where nothing fits any more. Measured while 96 clips of 16×256² were
-    scored with I3D: 1.3 to 1.6 GB at the peak, differently in each run. If pieces are given back from 16 MB:
-    0.85 GB for 13 % more time of the processor; from 1 MB: 0.58 GB for 60 % more. While a long video of 32×32
-    was sampled: 331 MB at 256 frames and up to 449 MB at 4,096; from 256 KB: 311 and 315 MB, as fast.
-    Elsewhere than with glibc it does nothing.
+    By default glibc keeps pieces of up to 32 MB once some were freed, with the gaps between them, and the
+    heap of a long job grows, now and then, where nothing fits any more. Measured while 96 clips of 16×256²
+    were scored with I3D: 1.3 to 1.6 GB at the peak, differently in each run. If pieces are given back from
+    16 MB: 0.85 GB for 13 % more time of the processor; from 1 MB: 0.58 GB for 60 % more. While a long video
+    of 32×32 was sampled: 331 MB at 256 frames and up to 449 MB at 4,096; from 256 KB: 311 and 315 MB, as
+    fast. Elsewhere than with glibc it does nothing.
 
     Args:
         above: bytes of the smallest such piece.
