@@ -205,10 +205,10 @@ def test_latents_of_another_autoencoder_or_crop_are_refused(home: Path, tmp_path
     dataset = data_of(home)
     encoded(home, tmp_path)
     autoencoder_folder(tmp_path / "weights", seed=1)
-    autoencoder_folder(tmp_path / "norm", seed=0, norm="frame")
+    autoencoder_folder(tmp_path / "norm", seed=0, norm="clip")
     for name, told in (
         ("weights", r"autoencoder_sha256: \w{64} -> \w{64}"),
-        ("norm", r"autoencoder\.norm: clip -> frame"),
+        ("norm", r"autoencoder\.norm: frame -> clip"),
     ):
         with pytest.raises(ValueError, match=rf"something else:\n    {told}\nDelete"):
             encode(

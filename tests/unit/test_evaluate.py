@@ -49,7 +49,7 @@ def test_no_result_lies_where_other_things_do(tmp_path):
             "weights=x.pt are a feature extractor's",
         ),
         (["videos=x.npz", "perceptual=vgg"], "perceptual measures reconstructions: it needs model=FOLDER"),
-        (["model=x", "num_positions=2"], "num_positions=2 is for long videos that were made before"),
+        (["model=x", "num_positions=2"], "num_positions=2 is for long videos: give videos=FOLDER"),
         (["model=x", "videos=x.npz"], "give either model=FOLDER"),
     ],
 )
