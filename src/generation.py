@@ -241,14 +241,16 @@ class LongVideoGenerator:
     Args:
         plan: in latent frames.
         levels: a generator for each level of the plan, all with one autoencoder.
-        decoding_window: latent frames that are decoded at once.
+        trained_window: latent frames of a clip that the autoencoder was trained on.
+        decoding_window: latent frames that are decoded at once; None chooses.
         finished: windows that needn't be made again; None keeps none.
         progress: called with the number of windows made, times samples.
     """
 
     plan: Plan
     levels: Sequence[VideoGenerator]
-    decoding_window: int
+    trained_window: int
+    decoding_window: int | None = None
     finished: Finished | None = None
     progress: Callable[[int], object] = field(default=lambda count: None)
 
@@ -262,8 +264,11 @@ class LongVideoGenerator:
         """Latent frames decoded at once, those that two windows share, and whether they are cross-faded."""
         context = self.levels[0].autoencoder.decoding_context
         if context is None:
-            return self.decoding_window, self.decoding_window // 2, True
-        return max(self.decoding_window, 2 * context + 1), 2 * context, False
+            window = self.decoding_window or self.trained_window
+            return window, window // 2, True
+        # Of each window all but the context is new: at least half of it.
+        window = self.decoding_window or 2 * context + max(self.trained_window, 2 * context)
+        return max(window, 2 * context + 1), 2 * context, False
 
     def latents(
         self,

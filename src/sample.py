@@ -110,7 +110,8 @@ def long_videos(
     return LongVideoGenerator(
         wanted.plan,
         [level.generator for level in levels],
-        cfg.decoding_window or max(model.autoencoder_frames // model.autoencoder.downsample[0], 1),
+        max(model.autoencoder_frames // model.autoencoder.downsample[0], 1),
+        cfg.decoding_window,
         kept,
         progress,
     )

@@ -30,7 +30,7 @@ class Pieces:
 
     def put(self, name: str, piece: Tensor) -> None:
         """Keeps a tensor; raises OSError if the disk refuses it."""
-        with atomic_path(self._path(name)) as part:
+        with atomic_path(self._path(name), durable=False) as part:
             save_tensors({"piece": piece.detach().cpu().contiguous()}, part)
 
     def remove(self) -> None:

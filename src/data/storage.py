@@ -37,10 +37,11 @@ def named_if_full(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Give a path to write to; what is there at the end gets the name ``path``, after an error it is gone.
 
-    It has the name only once it is on the disk. What killed processes had written for the same path goes,
+    It has the name only once it is on the disk, unless what is written needn't be ``durable``: when the
+    machine loses power, such a file may be damaged. What killed processes had written for the same path goes,
     after an hour: others may be writing it now, some of them on other machines.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,8 +53,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with named_if_full(path):
             yield part
-            with part.open("rb") as written:
-                os.fsync(written.fileno())
+            if durable:
+                with part.open("rb") as written:
+                    os.fsync(written.fileno())
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

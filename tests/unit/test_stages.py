@@ -415,10 +415,30 @@ def test_given_frames_come_back_and_the_rest_is_generated() -> None:
 @pytest.mark.parametrize("num_frames, num_given", [(4, 1), (5, 1), (30, 2), (31, 3)])
 def test_long_videos_have_their_length_and_no_seams(num_frames: int, num_given: int) -> None:
     plan = Plan((Level(1, 4),), num_frames, num_given)
-    generator = LongVideoGenerator(plan, [generator_of(ExactMean())], decoding_window=4)
+    generator = LongVideoGenerator(plan, [generator_of(ExactMean())], trained_window=4)
     video = torch.cat(list(generator.decode(generator.latents([0, 1], None, batch_size=2))), dim=2)
     assert video.shape == (2, 3, num_frames, 6, 6)
     torch.testing.assert_close(video, torch.full_like(video, 0.5), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("norm", "asked", "expected"),
+    [
+        ("frame", None, (12, 6, False)),  # three latent frames on either side of six new ones
+        ("frame", 9, (9, 6, False)),
+        ("frame", 2, (7, 6, False)),
+        ("clip", None, (4, 2, True)),
+        ("clip", 6, (6, 3, True)),
+    ],
+)
+def test_at_least_half_of_what_is_decoded_is_new(norm: str, asked: int | None, expected: tuple) -> None:
+    autoencoder = Autoencoder3d(
+        hidden_channels=4, downsample=(4, 4, 4), patch_size=(1, 2, 2), decoder_blocks=1, norm=norm,
+        norm_groups=None, channels_per_group=4,
+    )  # fmt: skip
+    maker = generator_of(ExactMean(), autoencoder=autoencoder, window=(4, 4, 2, 2))
+    long = LongVideoGenerator(Plan((Level(1, 4),), 8, 1), [maker], trained_window=4, decoding_window=asked)
+    assert long.decoding == expected
 
 
 def test_what_was_never_trained_is_refused() -> None:
