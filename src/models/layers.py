@@ -51,6 +51,13 @@ class FrameGroupNorm(GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes `b c t h w`."""
+        if torch.compiler.is_compiling():
+            # The compiler of some versions of PyTorch fails at frames folded into the batch.
+            groups = upcast(x).unflatten(1, (self.num_groups, -1))
+            variance, mean = torch.var_mean(groups, dim=(2, 4, 5), keepdim=True, correction=0)
+            normal = ((groups - mean) * torch.rsqrt(variance + self.eps)).flatten(1, 2)
+            weight, bias = (upcast(p).view(-1, 1, 1, 1) for p in (self.weight, self.bias))
+            return torch.addcmul(bias, normal, weight).to(x.dtype)
         frames = super().forward(rearrange(x, "b c t h w -> (b t) c h w"))
         return rearrange(frames, "(b t) c h w -> b c t h w", b=x.shape[0])
 

@@ -194,7 +194,7 @@ def test_evaluation_and_page(home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["tiny_autoencoder", "tiny", "tiny_long"])
+@pytest.mark.parametrize("experiment", ["tiny_autoencoder", "tiny_long"])
 def test_killed_and_run_again_gives_the_same_bits(experiment: str, home: Path, tmp_path: Path) -> None:
     """kill -9 at some moment, then the same command: weights, state and logged losses as without the kill."""
     straight = home / "runs" / experiment
@@ -323,7 +323,8 @@ def test_two_processes_make_and_measure_the_same(home: Path) -> None:
     one, two = home / "by_one", home / "by_two"
     for i in range(5):
         a, b = (read_clip(folder / f"sample_{i:06d}.mp4", 0, 16).astype(int) for folder in (one, two))
-        assert abs(a - b).mean() < 0.05
+        other = read_clip(one / f"sample_{(i + 1) % 5:06d}.mp4", 0, 16).astype(int)
+        assert abs(a - b).mean() < 0.02 * abs(a - other).mean()
     a, b = (json.loads((folder / "evaluation.json").read_text()) for folder in (one, two))
     assert "fvd_fast@6vs5" in a["metrics"] and "rfvd_fast@5" in a["metrics"]
     del a["created"], b["created"]
@@ -331,7 +332,7 @@ def test_two_processes_make_and_measure_the_same(home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", ["tiny_autoencoder", "tiny", "tiny_long"])
+@pytest.mark.parametrize("experiment", ["tiny_autoencoder", "tiny_long"])
 def test_two_processes_and_accumulation_change_rounding_only(experiment: str, home: Path) -> None:
     straight = home / "runs" / experiment
     common = [f"+experiment={experiment}", *at(home), "logger=jsonl"]
