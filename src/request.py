@@ -34,8 +34,7 @@ def check_request(cfg: DictConfig) -> None:
     if (cfg.plan.kind == "flat") != (cfg.plan.num_given == 0):
         raise ConfigError(
             f"plan.num_given={cfg.plan.num_given} doesn't go with plan.kind={cfg.plan.kind}: windows of a "
-            "flat plan "
-            "are given nothing (0), those of the others at least 1 latent frame"
+            "flat plan are given nothing (0), those of the others at least 1 latent frame"
         )
     between = isinstance(cfg.video, ListConfig)
     if between and len(cfg.video) != 2:
@@ -47,8 +46,7 @@ def check_request(cfg: DictConfig) -> None:
     if cfg.plan.kind == "flat" and (cfg.video is not None or cfg.loop):
         raise ConfigError(
             "windows of plan=flat know nothing of each other: they can neither go on from a video nor lead "
-            "back to "
-            "a start; use plan=autoregressive or plan=hierarchical"
+            "back to a start; use plan=autoregressive or plan=hierarchical"
         )
     for path in cfg.video if between else [cfg.video]:
         if (between or path is not None) and not (path and Path(path).exists()):
@@ -116,15 +114,14 @@ def filling_model(cfg: DictConfig, model: "DiffusionModel") -> "DiffusionModel":
     if known != other:
         raise ConfigError(
             f"model={cfg.model} and interpolation.model={path} were trained on latents of different "
-            "autoencoders; "
-            "train both on one: autoencoder_from=FOLDER"
+            "autoencoders; train both on one: autoencoder_from=FOLDER"
         )
     for fact in ("fps", "resolution", "classes"):
         if getattr(model.data, fact) != getattr(filler.data, fact):
             raise ConfigError(
                 f"model={cfg.model} and interpolation.model={path} differ in {fact}: "
-                f"{getattr(model.data, fact)} and "
-                f"{getattr(filler.data, fact)}; they must have been trained on the same kind of clips"
+                f"{getattr(model.data, fact)} and {getattr(filler.data, fact)}; they must have been trained "
+                "on the same kind of clips"
             )
     return filler
 
@@ -156,8 +153,8 @@ def levels_of(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel"
         if 1 not in model.latent_strides:
             raise ConfigError(
                 f"model={cfg.model} makes key latents only ({known} latent frames apart), and "
-                f"plan={cfg.plan.kind} needs "
-                "every one; use plan=hierarchical with interpolation.model=FOLDER"
+                f"plan={cfg.plan.kind} needs every one; use plan=hierarchical with "
+                "interpolation.model=FOLDER"
             )
         return [level(1, model, guidance.scale, guidance.interval, cfg.noise_level)]
     coarsest = model.latent_strides[0]
@@ -170,11 +167,9 @@ def levels_of(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel"
         )
         raise ConfigError(
             f"plan=hierarchical makes key latents and fills the gaps between them; model={cfg.model} was "
-            "trained "
-            f"with latent_strides=[{known}], and there is {missing}. Train one model on several strides "
-            "(latent_strides=[4,1]), or one on key latents ([4]) beside interpolation.model=FOLDER ([1]), "
-            "or use "
-            "plan=autoregressive"
+            f"trained with latent_strides=[{known}], and there is {missing}. Train one model on several "
+            "strides (latent_strides=[4,1]), or one on key latents ([4]) beside interpolation.model=FOLDER "
+            "([1]), or use plan=autoregressive"
         )
 
     def setting(name: str, value: Any, fallback: Any, i: int) -> Any:
@@ -184,8 +179,7 @@ def levels_of(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel"
         if listed is not None and len(listed) != len(finer):
             raise ConfigError(
                 f"interpolation.{name} lists {len(listed)} values for {len(finer)} level(s) of filling "
-                "(strides "
-                f"{', '.join(map(str, finer))}); give one value, or one for each"
+                f"(strides {', '.join(map(str, finer))}); give one value, or one for each"
             )
         chosen = value if listed is None else listed[i]
         return fallback if chosen is None else chosen
@@ -287,8 +281,7 @@ class Wanted:
         if closes and num_frames % factor:
             raise ConfigError(
                 f"num_frames={num_frames} must be a multiple of {factor}, the video frames of a latent "
-                "frame, "
-                f"where the end meets what is known; use {num_frames // factor * factor}"
+                f"frame, where the end meets what is known; use {num_frames // factor * factor}"
             )
         num_latents = -(-num_frames // factor)
         # A first window is decoded whole, even if not all of it is wanted.
@@ -402,8 +395,7 @@ class GivenVideo:
         if count < num_needed:
             raise ConfigError(
                 f"{self.path} has {self.num_frames} frames at the model's pace, and {num_needed * factor} "
-                "have to be known; "
-                "use a longer video or a smaller plan.num_given"
+                "have to be known; use a longer video or a smaller plan.num_given"
             )
         frames = (frame for piece in self.frames() for frame in piece)
         clip = deque(frames, count * factor) if last else list(islice(frames, count * factor))

@@ -246,8 +246,7 @@ def plan_in_words(
             calls[level][size * len(batch.windows)] += times * levels[level].generator.num_calls
     lines = [
         f"plan {cfg.plan.kind}: {wanted.num_frames:,} frames = {plan.num_frames:,} latent frames of "
-        f"{factor}, "
-        f"{sum(sizes)} sample(s)"
+        f"{factor}, {sum(sizes)} sample(s)"
     ]
     seconds = 0.0
     for i, (choice, count) in enumerate(zip(levels, plan.counts(), strict=True)):

@@ -60,8 +60,7 @@ def cell_of(condition: str, seed: int, record: Mapping[str, Any]) -> Cell:
     if not drift or len(next(iter(drift["statistics"].values()))["median"]) < 2 * NUM_FIRST:
         raise ValueError(
             f"no drift over at least {2 * NUM_FIRST} clip positions was measured for {condition}, seed "
-            f"{seed}; evaluate "
-            "with num_positions=…"
+            f"{seed}; evaluate with num_positions=…"
         )
     curves = {name: drift["statistics"][name] for name in SCORED}
     shares = [
@@ -133,8 +132,8 @@ def page(name: str, expected: Mapping[str, Any], cells: Sequence[Cell], strips: 
         "```",
         "",
         "Measure and rule: [experiments/README.md](../README.md). Share of videos outside the band of real "
-        "clips (0.10 of real "
-        "ones are), over the first 64 frames and over the last quarter, and their difference, the drift:",
+        "clips (0.10 of real ones are), over the first 64 frames and over the last quarter, and their "
+        "difference, the drift:",
         "",
         "| condition | | seed | at first | at the end | drift |",
         "|---|---|---|---|---|---|",
@@ -144,8 +143,7 @@ def page(name: str, expected: Mapping[str, Any], cells: Sequence[Cell], strips: 
         for cell in of_it:
             lines.append(
                 f"| {condition} | {meaning} | {cell.seed} | {cell.at_first:.3f} | "
-                f"{cell.at_first + cell.drift:.3f} | "
-                f"{cell.drift:+.3f} |"
+                f"{cell.at_first + cell.drift:.3f} | {cell.drift:+.3f} |"
             )
         if len(of_it) > 1:
             at_first, drift = mean(c.at_first for c in of_it), mean(c.drift for c in of_it)

@@ -387,7 +387,7 @@ def test_a_sweep_ends_in_a_report(home: Path, sweep: str, tmp_path: Path) -> Non
     }[sweep]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LATENT_VIDEO_CACHE": str(tmp_path / "cache")}
     small = [
-        "seed=0", f"model={home}/model", "num_frames=128",
+        "seed=1", f"model={home}/model", "num_frames=128",
         "num_positions=8", "sampler.num_sampling_steps=1", "protocol.num_generated=2",
         "protocol.num_real=4", "dataset.num_videos=6", "dataset.num_test_videos=2",
         f"dataset.root={home}/data", "dataset.cache=null",
@@ -399,7 +399,7 @@ def test_a_sweep_ends_in_a_report(home: Path, sweep: str, tmp_path: Path) -> Non
     )  # fmt: skip
     if sweep == "conditional_perturbation":  # its cells differ in the model, too, which is one here
         for level in (0, 100, 200):
-            (tmp_path / f"cells/{level}_0").rename(tmp_path / f"cells/level_{level}_0")
+            (tmp_path / f"cells/{level}_1").rename(tmp_path / f"cells/level_{level}_1")
     report = ["-m", "src.report", f"sweep={sweep}", f"runs=[{tmp_path}/cells]", f"output={tmp_path}/report"]
     told = subprocess.run(
         [sys.executable, *report],
@@ -411,4 +411,7 @@ def test_a_sweep_ends_in_a_report(home: Path, sweep: str, tmp_path: Path) -> Non
     assert len(list((tmp_path / "report").glob("*.png"))) >= 3
     cells = json.loads((tmp_path / f"report/{sweep}.json").read_text())
     assert len(cells) == 3
-    assert all(len(one["shares"]) == 8 for one in cells)
+    assert all(len(one["shares"]) == 8 and one["seed"] == 1 for one in cells)
+    (first, *_) = (tmp_path / "cells").glob("*/evaluation_samples/samples.json")
+    # Another seed of the evaluation is another million of samples.
+    assert [one["seed"] for one in json.loads(first.read_text())["samples"]] == [1_100_000, 1_100_001]

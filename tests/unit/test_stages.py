@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from src.data.sampler import Batch, LatentBatch, clip_generator, randint_per_clip, randn_per_clip
-from src.diffusion import loss_weighting, noise_schedule
+from src.diffusion import loss_weighting
 from src.diffusion.conditioning import FrameMasking
 from src.diffusion.long_video import Level, Plan
-from src.diffusion.parameterization import Parameterization
 from src.diffusion.samplers import ddim
 from src.generation import LongVideoGenerator, VideoGenerator
 from src.models.attention import AttentionBlock
@@ -20,21 +19,7 @@ from src.models.discriminator import PatchDiscriminator
 from src.models.unet import UNet3d
 from src.stages.autoencoder import AutoencoderStage
 from src.stages.diffusion import DiffusionStage
-
-PROCESS = Parameterization(noise_schedule.linear(1000, 0.0015, 0.0155), "epsilon")
-
-
-class Told(nn.Module):
-    """Predicts zero and remembers what it was told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-        self.told: list[dict[str, Tensor]] = []
-
-    def forward(self, x: Tensor, timesteps: Tensor, **told: Tensor) -> Tensor:
-        self.told.append({"x": x, "timesteps": timesteps, **told})
-        return self.weight * x
+from tests.told import PROCESS, Told
 
 
 def diffusion_stage(

@@ -6,29 +6,14 @@ from scipy.stats import chisquare
 from torch import Tensor, nn
 
 from src.data.sampler import Batch, LatentBatch
-from src.diffusion import loss_weighting, noise_schedule
+from src.diffusion import loss_weighting
 from src.diffusion.conditioning import Condition, FrameMasking, GivenFrames, denoiser_of
 from src.diffusion.guidance import guided
-from src.diffusion.parameterization import Parameterization
 from src.diffusion.strides import LatentStrides
 from src.generation import VideoGenerator
 from src.models.autoencoder import Autoencoder3d, IdentityAutoencoder3d
 from src.stages.diffusion import DiffusionStage
-
-PROCESS = Parameterization(noise_schedule.linear(1000, 0.0015, 0.0155), "epsilon")
-
-
-class Told(nn.Module):
-    """Predicts zero and remembers what it was told."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-        self.told: list[dict[str, Tensor]] = []
-
-    def forward(self, x: Tensor, timesteps: Tensor, **told: Tensor) -> Tensor:
-        self.told.append({"x": x, "timesteps": timesteps, **told})
-        return self.weight * x
+from tests.told import PROCESS, Told
 
 
 def stage_of(unet: nn.Module, strides: tuple[int, ...], **masking: object) -> DiffusionStage:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from src.model_folder import load_diffusion
 from src.reporting.sweeps import SCORED, Cell, cell_of, gathered, page, plot, verdict
 
 EXPECTED: dict[str, Any] = {
@@ -93,3 +94,10 @@ def test_the_page_tells_claim_verdict_numbers_and_what_is_missing() -> None:
     )
     assert "![a](x_a.png)" in text and "2026-01-01" in text
     assert plot(EXPECTED, cells([(0.1, 0.5)] * 3, [])).startswith(b"<?xml")
+
+
+def test_a_missing_model_of_a_sweep_is_told_with_what_trains_it() -> None:
+    with pytest.raises(FileNotFoundError, match=r"train \+experiment=drift_clean seed=7\n"):
+        load_diffusion("runs/drift_clean_7/model")
+    with pytest.raises(FileNotFoundError, match=r"train \+experiment=sky_prediction\n"):
+        load_diffusion("runs/sky_prediction/model")
