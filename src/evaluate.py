@@ -80,7 +80,7 @@ def main(cfg: DictConfig) -> None:
         generated = sampled(cfg, model, made_by, following_clips(protocol, real))
     else:
         assert given is not None
-        clip_step(given, cfg.num_positions)
+        clip_step(given, range(len(given)), cfg.num_positions)
         made_by = {"content": share.from_first(lambda: given.fingerprint), "summary": given.summary()}
         if cfg.num_frames is not None:
             made_by["samples"] = (read_json(Path(source) / "samples.json") or {}).get("made_by")
@@ -623,6 +623,17 @@ def print_drift(along: "Drift") -> None:
         values = " ".join(f"{value:.3g}" for value in curve.median)
         left = "inside" if curve.left_at is None else f"outside from clip {curve.left_at}"
         print(f"  {name:25} {values}   band {curve.band[0]:.3g} … {curve.band[1]:.3g}: {left}")
+    if along.changes:
+        print("share of videos gone further from their own first clip than 95 % of real ones do:")
+    for name, change in along.changes.items():
+        print(f"  {name:25} {' '.join(f'{share:.2f}' for share in change.share_beyond)}")
+    if (blocks := along.blocks) is not None:
+        of_real = "" if blocks.real_nearest is None else f" (in real ones {blocks.real_nearest[0]:.3g})"
+        print(
+            f"{blocks.share_slow:.1%} of the blocks of {blocks.num_frames} frames move less than half as "
+            f"much as real clips; the nearest two of a video are {blocks.nearest[0]:.3g} apart{of_real}, "
+            "copies 0"
+        )
 
 
 if __name__ == "__main__":

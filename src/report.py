@@ -3,6 +3,7 @@
 Or what a sweep has found, beside what was expected: ``python -m src.report sweep=hierarchy``.
 """
 
+import glob
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -53,16 +54,16 @@ def report_sweep(name: str, places: Sequence[str] | None, folder: Path) -> Path:
         known = ", ".join(sorted(other.stem for other in path.parent.glob("*.yaml")))
         raise ConfigError(f"nothing is expected of a sweep {name}; there are: {known}")
     expected = read_yaml(path)
-    measured = [Path(place) for place in places or [expected["cells"]]]
+    measured = [Path(place) for place in places or [expected["folder"]]]
     cells = gathered(expected, measured, folder / f"{name}.json")
     if not cells:
         raise ConfigError(
             f"nothing was measured under {', '.join(map(str, measured))} yet. Run\n    {expected['command']}"
         )
     strips = {}
-    for condition in expected["conditions"]:
+    for condition, cell in expected["cells"].items():
         picture = folder / f"{name}_{condition}.png"
-        samples = f"{condition}_*/evaluation_samples/sample_*.mp4"
+        samples = f"{glob.escape(cell)}_*/evaluation_samples/sample_*.mp4"
         videos = [video for place in measured for video in sorted(place.glob(samples))][:6]
         if videos:
             frames = [frames_at(video, (1, 64, 256, 512, None)) for video in videos]

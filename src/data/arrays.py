@@ -204,6 +204,10 @@ class ArrayVideos:
         clips = [torch.from_numpy(np.stack([frames[tick] for tick in clip])) for clip in ticks]
         return [{"frames": clip, "label": -1, "position": index} for clip in clips]
 
+    def length(self, index: int) -> int:
+        """Frames of a video."""
+        return sum(file.shape[1] for file in self._find(index)[0])
+
     @property
     def fingerprint(self) -> str:
         """Identify the content by that of the files."""

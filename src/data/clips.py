@@ -602,10 +602,9 @@ class ClipDataset(Dataset[dict[str, Any]]):
             entry.path, f"{NUM_ATTEMPTS} videos in a row can't be read; is the disk still there?"
         )
 
-    @property
-    def shortest(self) -> int:
-        """Ticks of the shortest video."""
-        return min(self.sampling.num_ticks(entry) for entry in self.entries)
+    def length(self, index: int) -> int:
+        """Ticks of a video."""
+        return self.sampling.num_ticks(self.entries[index])
 
     @property
     def fps(self) -> float:

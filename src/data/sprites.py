@@ -4,6 +4,7 @@ Lengths are in heights of the picture and speeds in heights per frame, so that a
 resolution. NumPy only.
 """
 
+import colorsys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -65,12 +66,27 @@ class Clouds:
 
 
 @dataclass(frozen=True)
+class Sky:
+    """A colour of the sky behind the clouds: its hue, and its brightness as a factor on the usual one."""
+
+    hue: float
+    brightness: float
+
+    def colours(self) -> tuple[Array, Array]:
+        """Give the colours at the top and at the bottom, each 0 to 255."""
+        top = colorsys.hsv_to_rgb(self.hue, 0.75, 0.59 * self.brightness)
+        bottom = colorsys.hsv_to_rgb(self.hue + 0.05, 0.22, 0.78 * self.brightness)
+        return 255 * np.array(top, np.float32), 255 * np.array(bottom, np.float32)
+
+
+@dataclass(frozen=True)
 class Scene:
-    """What a video shows."""
+    """What a video shows; without a sky of its own, it has the one of all."""
 
     label: int
     sprites: tuple[Sprite, ...]
     clouds: Clouds
+    sky: Sky | None = None
 
 
 def _mirrored(position: NDArray[np.float64], low: float, high: float) -> Array:
@@ -81,7 +97,7 @@ def _mirrored(position: NDArray[np.float64], low: float, high: float) -> Array:
     return (low + np.minimum(phase, 2 * span - phase)).astype(np.float32)
 
 
-def make_scene(generator: np.random.Generator, label: int, aspect: float) -> Scene:
+def make_scene(generator: np.random.Generator, label: int, aspect: float, varied_sky: bool = False) -> Scene:
     """Draw the scene of a class for a picture of the given width / height."""
 
     def uniform(low: float, high: float) -> float:
@@ -113,7 +129,9 @@ def make_scene(generator: np.random.Generator, label: int, aspect: float) -> Sce
     sprites = [sprite(SHAPES[label % len(SHAPES)], depth=1.0)]
     if label >= len(SHAPES):
         sprites.append(sprite("moon", depth=1.2))
-    return Scene(label, tuple(sprites), clouds)
+    # Drawn last, so that everything else is as it would be without; no hue in which a sprite would vanish.
+    sky = Sky(uniform(0.45, 0.9), uniform(0.5, 1.25)) if varied_sky else None
+    return Scene(label, tuple(sprites), clouds, sky)
 
 
 def _coverage(shape: str, x: Array, y: Array, radius: float, softness: float) -> Array:
@@ -141,7 +159,8 @@ def render_scene(
         ((np.arange(width) + 0.5) / height).astype(np.float32),
         indexing="ij",
     )
-    sky = SKY_TOP + (SKY_BOTTOM - SKY_TOP) * y[..., None]
+    top, bottom = scene.sky.colours() if scene.sky else (SKY_TOP, SKY_BOTTOM)
+    sky = top + (bottom - top) * y[..., None]
     clouds = scene.clouds
     waves = []
     for angle, length, weight in clouds.waves(height):

@@ -22,19 +22,24 @@ from .video import VideoWriter
 CRF = 12
 
 
-def scene(scene_seed: int, split: str, index: int, aspect: float) -> Scene:
+def scene(scene_seed: int, split: str, index: int, aspect: float, varied_sky: bool = False) -> Scene:
     """Draw the scene of one video, a function of (seed, split, index); the classes take turns."""
     generator = np.random.default_rng(derive_seed(scene_seed, index, f"synthetic {split}"))
-    return make_scene(generator, index % len(CLASSES), aspect)
+    return make_scene(generator, index % len(CLASSES), aspect, varied_sky)
 
 
 def render(
-    scene_seed: int, split: str, index: int, num_frames: int, resolution: int | Sequence[int]
+    scene_seed: int,
+    split: str,
+    index: int,
+    num_frames: int,
+    resolution: int | Sequence[int],
+    varied_sky: bool = False,
 ) -> Frames:
     """Draw one video as frames uint8 ``t h w c``, as they are before encoding."""
     height, width = as_size(resolution)
-    chunks = render_scene(scene(scene_seed, split, index, width / height), num_frames, (height, width))
-    return np.concatenate(list(chunks))
+    what = scene(scene_seed, split, index, width / height, varied_sky)
+    return np.concatenate(list(render_scene(what, num_frames, (height, width))))
 
 
 def _name(split: str, index: int) -> str:
@@ -50,6 +55,7 @@ def synthetic(
     num_frames_per_video: int,
     video_fps: float,
     scene_seed: int,
+    varied_sky: bool = False,
     num_frames: int,
     frame_stride: int,
     resolution: int | tuple[int, int],
@@ -65,6 +71,7 @@ def synthetic(
     ``num_frames_per_video`` frames, are written as mp4 under ``root``, in a folder of their own for each set
     of parameters, with a ``manifest.json`` that tells classes, parameters and every sprite's motion. A video
     depends on (scene_seed, split, index) only: a larger number adds videos and leaves those that are there.
+    With ``varied_sky`` each has a sky of its own hue and brightness, which stays as long as the video.
 
     ``seed`` is that of the clips' order and places. Raises ValueError for numbers that make no videos.
     """
@@ -85,6 +92,8 @@ def synthetic(
         "width": width,
         "crf": CRF,
     }
+    if varied_sky:
+        parameters["varied_sky"] = True
     key = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(root) / f"{height}x{width}-{num_frames_per_video}frames-{key}"
     jobs = [(which, index) for which, number in numbers.items() for index in range(number)]
@@ -141,7 +150,7 @@ def _rendered(folder: Path, jobs: Sequence[tuple[str, int]], parameters: dict[st
         ]
 
         def render_one(job: tuple[str, int]) -> None:
-            what = scene(parameters["scene_seed"], *job, parameters["width"] / parameters["height"])
+            what = _scene_of(parameters, *job)
             resolution = (parameters["height"], parameters["width"])
             with VideoWriter(folder / _name(*job), parameters["fps"], crf=CRF, preset="veryfast") as writer:
                 for frames in render_scene(what, parameters["num_frames"], resolution):
@@ -157,6 +166,11 @@ def _rendered(folder: Path, jobs: Sequence[tuple[str, int]], parameters: dict[st
     return found
 
 
+def _scene_of(parameters: dict[str, Any], split: str, index: int) -> Scene:
+    aspect = parameters["width"] / parameters["height"]
+    return scene(parameters["scene_seed"], split, index, aspect, parameters.get("varied_sky", False))
+
+
 def _write_manifest(
     path: Path,
     videos: dict[str, Any],
@@ -164,9 +178,8 @@ def _write_manifest(
     sizes: dict[str, int],
     parameters: dict[str, Any],
 ) -> None:
-    aspect = parameters["width"] / parameters["height"]
     for which, index in jobs:
-        what = scene(parameters["scene_seed"], which, index, aspect)
+        what = _scene_of(parameters, which, index)
         name = _name(which, index)
         videos[name] = {
             "split": which,
@@ -175,6 +188,8 @@ def _write_manifest(
             "sprites": [asdict(sprite) for sprite in what.sprites],
             "clouds": asdict(what.clouds),
         }
+        if what.sky:
+            videos[name]["sky"] = asdict(what.sky)
     write_json(
         path,
         {

@@ -3,7 +3,7 @@
 import hashlib
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -14,7 +14,15 @@ from torch import Tensor
 from ..data.arrays import ArrayVideos
 from ..data.choice import ClipPlace, order_of_videos
 from ..data.clips import ClipDataset
-from ..metrics.drift import STATISTICS, DistanceCurve, Drift, measure_drift
+from ..metrics.drift import (
+    LASTING,
+    STATISTICS,
+    DistanceCurve,
+    Drift,
+    change_from_first,
+    compare_blocks,
+    measure_drift,
+)
 from ..metrics.features import FeatureExtractor
 from ..metrics.frechet import GaussianStatistics, frechet_distance, resampled_frechet_distances
 from ..metrics.kernel import kernel_distance, kernel_distance_subsets, resampled_kernel_distances
@@ -25,6 +33,8 @@ from .measuring import ClipSet, Measuring, Rows
 
 # Videos of a subset of the kernel distance over subsets (that of the KID); fewer have none.
 KERNEL_SUBSET = 1000
+# A part of a long video, which should move, and repeat no other.
+FRAMES_PER_BLOCK = 64
 
 Videos = ClipDataset | ArrayVideos
 
@@ -69,7 +79,7 @@ def clips_along(videos: Videos, items: Sequence[int], positions: int, fingerprin
     Raises:
         ValueError: if a video is too short for so many.
     """
-    step = clip_step(videos, positions)
+    step = clip_step(videos, items, positions)
 
     def frames(numbers: list[int]) -> Tensor:
         clips = []
@@ -88,16 +98,21 @@ def clips_along(videos: Videos, items: Sequence[int], positions: int, fingerprin
     return ClipSet("along time", len(items) * positions, frames, key)
 
 
-def clip_step(videos: Videos, positions: int) -> int:
+def clip_step(videos: Videos, items: Sequence[int], positions: int) -> int:
     """Frames from one of so many neighbouring clips to the next; ValueError if a video is too short."""
-    step = videos.num_frames * videos.frame_stride
-    fit = (videos.shortest + videos.frame_stride - 1) // step
+    shortest = min(items, key=videos.length)
+    fit = num_clips(videos, shortest)
     if not 1 <= positions <= fit:
         raise ValueError(
-            f"num_positions={positions}: the shortest video has {videos.shortest:,} frames, which hold {fit} "
-            f"clips of {videos.num_frames} frames, {videos.frame_stride} apart"
+            f"num_positions={positions}: the shortest video has {videos.length(shortest):,} frames, which "
+            f"hold {fit} clips of {videos.num_frames} frames, {videos.frame_stride} apart"
         )
-    return step
+    return videos.num_frames * videos.frame_stride
+
+
+def num_clips(videos: Videos, item: int) -> int:
+    """How many neighbouring clips a video holds."""
+    return (videos.length(item) + videos.frame_stride - 1) // (videos.num_frames * videos.frame_stride)
 
 
 def geometry(videos: Videos) -> dict[str, Any]:
@@ -315,26 +330,82 @@ class Following:
     def drift(self, videos: Videos, fingerprint: str, positions: int) -> Drift:
         """What time does to long videos: each clip position beside the real side of the first seed.
 
+        Beside real videos in their length, too, as far as they reach: what the long ones have changed from
+        their beginning, and whether parts of them stand still or return. Without features the distances are
+        those of pixels.
+
         Args:
             videos: the long videos; the first ``num_generated``.
             fingerprint: of their content.
             positions: clips of each, see `clips_along`.
         """
         items = list(range(self.num_generated))
-        rows = self.rows_of(clips_along(videos, items, positions, fingerprint))
-        real = self.real_rows(self.protocol.seeds[0])
-        curves = {}
-        if self.extractor is not None:
-            at = rows["features"].unflatten(0, (len(items), positions)).transpose(0, 1)
-            told = [distances(real["features"], features, self.protocol) for features in at]
-            floor = self.floor().values
-            for metric in told[0]:
-                values = [one[metric] for one in told]
-                curves[self.comparison.name(metric)] = DistanceCurve(values, floor.get(metric))
-        along = {name: rows[name].unflatten(0, (len(items), positions)) for name in STATISTICS}
+        rows = self._along(clips_along(videos, items, positions, fingerprint), positions, self.extractor)
+        real, beside = self.real_rows(self.protocol.seeds[0]), self._real_along(positions)
+        curves, changes = self._distances_along(real, rows), {}
+        if beside is not None:
+            changes = {
+                name: change_from_first(_with_width(rows[name]), _with_width(beside[name]))
+                for name in LASTING
+            }
+        else:
+            self.notes.append(
+                "the real videos hold no two clips one after the other: what the long ones have changed from "
+                "their beginning can't be told from what real ones do"
+            )
         return measure_drift(
-            along, {name: real[name] for name in STATISTICS}, self.real.num_frames, distances=curves
+            {name: rows[name] for name in STATISTICS},
+            {name: real[name] for name in STATISTICS},
+            self.real.num_frames,
+            distances=curves,
+            changes=changes,
+            blocks=compare_blocks(
+                rows["motion_energy"],
+                rows["pixels"],
+                float(real["motion_energy"].double().mean()),
+                None if beside is None else beside["pixels"],
+                max(1, FRAMES_PER_BLOCK // self.real.num_frames),
+                self.real.num_frames,
+            ),
         )
+
+    def _along(self, clips: ClipSet, positions: int, extractor: FeatureExtractor | None) -> Rows:
+        """Rows `n positions *` of neighbouring clips."""
+        rows = self.measuring.clips(clips, extractor, self.protocol.jpeg_quality)
+        return {name: value.unflatten(0, (-1, positions)) for name, value in rows.items() if name != "shown"}
+
+    def _distances_along(self, real: Rows, rows: Rows) -> dict[str, DistanceCurve]:
+        wanted = (self.num_real, self.num_generated)
+        if self.extractor is None:
+            # To pixels in [-1, 1], for a kernel that takes the mean of products.
+            scale = real["pixels"].shape[1] ** 0.5
+            told = [
+                kernel_distance(real["pixels"] * scale, at * scale) for at in rows["pixels"].transpose(0, 1)
+            ]
+            floor = kernel_floor(real["pixels"] * scale, wanted, seed=0) if min(wanted) >= 4 else None
+            return {"kernel_distance_of_pixels": DistanceCurve(told, floor)}
+        at_each = [
+            distances(real["features"], features, self.protocol)
+            for features in rows["features"].transpose(0, 1)
+        ]
+        floors = self.floor().values
+        return {
+            self.comparison.name(metric): DistanceCurve([one[metric] for one in at_each], floors.get(metric))
+            for metric in at_each[0]
+        }
+
+    def _real_along(self, positions: int) -> Rows | None:
+        """Rows of neighbouring clips of real videos, as many as generated ones, as far as all of them reach.
+
+        None if they hold no two.
+        """
+        order = self.order(self.protocol.seeds[0])
+        items = [item for item in order if num_clips(self.real, item) > 1][: self.num_generated]
+        if len(items) < 2:
+            return None
+        reach = min(positions, *(num_clips(self.real, item) for item in items))
+        clips = clips_along(self.real, items, reach, self.fingerprint)
+        return self._along(replace(clips, title="real along time"), reach, None)
 
     @cache  # noqa: B019
     def floor(self) -> "Floor":
@@ -368,6 +439,10 @@ class Following:
 
     def _real_clips(self, items: list[int], seed: int, title: str) -> ClipSet:
         return chosen_clips(self.real, items, self.protocol.real_clip, seed, title, self.fingerprint)
+
+
+def _with_width(values: Tensor) -> Tensor:
+    return values if values.ndim == 3 else values[..., None]
 
 
 def distances(real: Tensor, generated: Tensor, protocol: Protocol) -> dict[str, float]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from src.config import ConfigError, SampleConfig, build, check
+from src.config import ConfigError, SampleConfig, build, check, read_yaml
 from src.data.video import probe, read_clip, write_video
 from src.diffusion.long_video import Level, Plan
 from src.generation import VideoGenerator
@@ -380,38 +380,36 @@ def test_memory_does_not_grow_with_the_length(home: Path) -> None:
 @pytest.mark.parametrize("sweep", ["hierarchy", "conditional_perturbation", "unconditional_guidance"])
 def test_a_sweep_ends_in_a_report(home: Path, sweep: str, tmp_path: Path) -> None:
     """The sweeps of experiments/ from their files, as small as can be."""
-    cell = {
-        "hierarchy": "${plan.kind}",
-        "conditional_perturbation": "${noise_level}",
-        "unconditional_guidance": "${guidance.scale}",
-    }[sweep]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "LATENT_VIDEO_CACHE": str(tmp_path / "cache")}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LATENT_VIDEO_CACHE": str(tmp_path / "cache")
+    }  # fmt: skip
+    (tmp_path / "runs").mkdir()
+    for trained in ("perturbed", "clean"):
+        (tmp_path / f"runs/drift_{trained}_1").symlink_to(home)
     small = [
-        "seed=1", f"model={home}/model", "num_frames=128",
-        "num_positions=8", "sampler.num_sampling_steps=1", "protocol.num_generated=2",
-        "protocol.num_real=4", "dataset.num_videos=6", "dataset.num_test_videos=2",
-        f"dataset.root={home}/data", "dataset.cache=null",
-        f"output={tmp_path}/cells/{cell}_${{seed}}/evaluation.json", f"hydra.sweep.dir={tmp_path}/multirun",
+        "seed=1", "num_frames=128", "num_positions=8", "sampler.num_sampling_steps=1",
+        "protocol.num_generated=2", "protocol.num_real=4", "dataset.num_frames_per_video=96",
+        "dataset.num_videos=6", "dataset.num_test_videos=2", "dataset.cache=null",
     ]  # fmt: skip
-    subprocess.run(
-        [sys.executable, "-m", "src.evaluate", f"+sweep={sweep}", *small],
-        cwd=ROOT, env=environment, check=True, capture_output=True,
-    )  # fmt: skip
-    if sweep == "conditional_perturbation":  # its cells differ in the model, too, which is one here
-        for level in (0, 100, 200):
-            (tmp_path / f"cells/{level}_1").rename(tmp_path / f"cells/level_{level}_1")
-    report = ["-m", "src.report", f"sweep={sweep}", f"runs=[{tmp_path}/cells]", f"output={tmp_path}/report"]
-    told = subprocess.run(
-        [sys.executable, *report],
-        cwd=ROOT, env=environment, check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    assert f"{sweep}.md" in told
+
+    def run(*arguments: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE, text=True,
+        ).stdout  # fmt: skip
+
+    run("src.evaluate", f"+sweep={sweep}", *small)
+    assert f"{sweep}.md" in run("src.report", f"sweep={sweep}", "output=report")
     text = (tmp_path / f"report/{sweep}.md").read_text()
-    assert re.search(r"undecided: \d of 3 seeds measured", text)
-    assert len(list((tmp_path / "report").glob("*.png"))) >= 3
+    assert re.search(r"undecided: \d of 3 seeds measured", text) and "not measured" not in text
     cells = json.loads((tmp_path / f"report/{sweep}.json").read_text())
-    assert len(cells) == 3
-    assert all(len(one["shares"]) == 8 and one["seed"] == 1 for one in cells)
-    (first, *_) = (tmp_path / "cells").glob("*/evaluation_samples/samples.json")
+    conditions = read_yaml(ROOT / f"experiments/expected/{sweep}.yaml")["conditions"]
+    assert {one["condition"] for one in cells} == set(conditions)
+    assert len(list((tmp_path / "report").glob("*.png"))) == len(conditions)
+    for one in cells:
+        assert len(one["outside"]) == len(one["changed"]) == 8 and one["seed"] == 1
+        assert len(one["real_changed"]) == 6, "real videos reach so far"
+        assert one["blocks"]["num_frames"] == 64 and one["blocks"]["nearest"][0] > 0
+    (first, *_) = (tmp_path / "runs/drift").glob("*/evaluation_samples/samples.json")
     # Another seed of the evaluation is another million of samples.
     assert [one["seed"] for one in json.loads(first.read_text())["samples"]] == [1_100_000, 1_100_001]

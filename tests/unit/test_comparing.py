@@ -27,12 +27,16 @@ NUM_VIDEOS = 30
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> ClipDataset:
-    folder = tmp_path_factory.mktemp("synthetic")
+    return made_of(tmp_path_factory.mktemp("synthetic"), num_frames=4)
+
+
+def made_of(folder: Path, num_frames: int) -> ClipDataset:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LATENT_VIDEO_CACHE", str(folder / "cache"))
         node = composed(
             "evaluate", "dataset=synthetic_tiny", "model=x", f"dataset.root={folder}/data",
-            f"dataset.num_videos={NUM_VIDEOS}", "dataset.num_test_videos=2", "dataset.num_frames=4",
+            f"dataset.num_videos={NUM_VIDEOS}", "dataset.num_test_videos=2",
+            f"dataset.num_frames={num_frames}",
             "dataset.frame_stride=1", "dataset.resolution=16", "dataset.cache=null",
         ).dataset  # fmt: skip
         return build(node, split="train", seed=0)
@@ -281,6 +285,49 @@ def test_drift_is_the_distance_of_each_position_and_where_the_band_is_left(datas
     assert curve.floor == pytest.approx(followed.result(0).uncertainty["fvd_fast@8vs6"]["floor"])
     assert drift.statistics["contrast"].left_at == 2 and drift.statistics["contrast"].median[2] == 0
     assert (drift.num_frames, drift.num_videos, drift.num_real) == (4, 6, 8)
+
+
+def test_changes_from_the_beginning_stand_beside_those_of_real_videos(dataset, tmp_path):
+    """The second half of each long video is another real one; without features distances are in pixels."""
+    whole = torch.stack([torch.cat([c["frames"] for c in dataset.clips(i, [0, 4, 8])]) for i in range(6)])
+    turned = torch.cat([whole, whole.roll(1, 0)], dim=1).numpy()
+    np.save(tmp_path / "long.npy", turned)
+    long = ArrayVideos(
+        [[tmp_path / "long.npy"]], num_frames=4, frame_stride=1, resolution=(16, 16), crop="squash"
+    )
+    followed = following(dataset, protocol(), available=6)
+    followed.extractor = None
+    drift = followed.drift(long, long.fingerprint, 6)
+
+    def means(videos: np.ndarray) -> np.ndarray:
+        clips = videos.astype(np.float64).reshape(len(videos), -1, 4 * 16 * 16, 3)
+        return clips.mean(2)
+
+    items = followed.order(0)[:6]
+    real = np.stack(
+        [np.concatenate([c["frames"] for c in dataset.clips(i, [0, 4, 8, 12, 16])]) for i in items]
+    )
+    usual, gone = (np.linalg.norm(m - m[:, :1], axis=2) for m in (means(real), means(turned)))
+    limit = np.quantile(usual[:, 1:], 0.95)
+    change = drift.changes["colour"]
+    assert change.limit == pytest.approx(limit, rel=1e-4)
+    assert change.share_beyond == pytest.approx((gone > limit).mean(0)) and change.share_beyond[4] > 0
+    assert change.median == pytest.approx(np.median(gone, 0), rel=1e-4, abs=1e-4)
+    assert len(change.real_share_beyond) == 5, "real videos hold so many clips"
+    curve = drift.distances["kernel_distance_of_pixels"]
+    assert len(curve.values) == 6 and curve.floor is not None
+    assert drift.blocks is None
+
+
+def test_without_two_real_clips_in_a_row_changes_are_not_told(tmp_path):
+    np.save(tmp_path / "long.npy", np.zeros((6, 40, 16, 16, 3), np.uint8))
+    long = ArrayVideos(
+        [[tmp_path / "long.npy"]], num_frames=20, frame_stride=1, resolution=(16, 16), crop="squash"
+    )
+    followed = following(made_of(tmp_path, num_frames=20), protocol(), available=6)
+    followed.extractor = None
+    drift = followed.drift(long, long.fingerprint, 2)
+    assert drift.changes == {} and any("no two clips one after the other" in note for note in followed.notes)
 
 
 def test_each_set_is_measured_once_even_where_nothing_can_be_kept(dataset, tmp_path, monkeypatch):

@@ -10,7 +10,9 @@ from src.metrics.drift import (
     STATISTICS,
     DistanceCurve,
     Drift,
+    change_from_first,
     clip_statistics,
+    compare_blocks,
     curve_beside_band,
     measure_drift,
 )
@@ -120,12 +122,63 @@ def test_the_band_is_the_quantiles_of_real_clips():
     assert curve_beside_band(values, real, quantiles=(0.0, 1.0)).outside == []
 
 
+def test_turning_into_another_video_shows_as_a_change_though_every_clip_is_real():
+    """Means of real clips wander by 1 around their video's own, which differ by 100."""
+    generator = torch.Generator().manual_seed(0)
+
+    def videos(count: int) -> torch.Tensor:
+        own = 100 * torch.randn(count, 1, 1, generator=generator)
+        return own + torch.randn(count, 8, 1, generator=generator)
+
+    turning = videos(2000)
+    turning[500:, 5:] = turning[500:, 5:].roll(1, 0)
+    change = change_from_first(turning, videos(2000))
+    assert change.limit == pytest.approx(1.96 * 2**0.5, rel=0.03)
+    assert change.median[0] == change.share_beyond[0] == change.real_share_beyond[0] == 0
+    assert sum(change.real_share_beyond) / 7 == pytest.approx(0.05, abs=0.001)
+    assert change.share_beyond[4] == pytest.approx(0.05, abs=0.015)
+    # Of pairs of other videos hardly one in fifty is alike enough.
+    assert change.share_beyond[5] == pytest.approx(0.75 + 0.25 * 0.05, abs=0.03)
+
+
+def test_a_change_is_a_distance_of_vectors():
+    values = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])
+    real = torch.tensor([[[1.0, 1.0], [1.0, 2.0]], [[0.0, 0.0], [0.0, 3.0]]])
+    change = change_from_first(values, real, far=0.5)
+    assert change.limit == 2.0 and change.median == [0.0, 5.0] and change.share_beyond == [0.0, 1.0]
+    assert change.real_share_beyond == [0.0, 0.5]
+    with pytest.raises(ValueError, match=r"got \(1, 2, 2\) and \(2, 1, 2\)"):
+        change_from_first(values, real[:, :1])
+
+
+def test_blocks_that_stand_still_or_are_copies_are_found():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(3, 9, 5, generator=generator)
+    motion = torch.full((3, 9), 2.0)
+    kept = compare_blocks(motion, pixels, 2.0, pixels, clips=2, num_frames=16)
+    assert kept is not None and kept.num_frames == 32
+    assert (kept.share_slow, kept.motion) == (0.0, (1.0, 1.0))
+    blocks = pixels[:, :8].double().reshape(3, 4, 10) / 2**0.5
+    pairs = [min(float((video[i] - video[j]).norm()) for i in range(4) for j in range(i)) for video in blocks]
+    assert kept.nearest == kept.real_nearest
+    assert kept.nearest == pytest.approx((min(pairs), sorted(pairs)[1]))
+    motion[1, 4:6] = torch.tensor([0.0, 1.8])
+    pixels[2, 6:8] = pixels[2, 0:2]
+    found = compare_blocks(motion, pixels, 2.0, None, clips=2, num_frames=16)
+    assert found is not None and found.real_nearest is None
+    assert found.share_slow == pytest.approx(1 / 12) and found.motion[0] == pytest.approx(0.45)
+    assert found.nearest[0] == 0.0 < found.nearest[1]
+    assert compare_blocks(motion[:, :3], pixels[:, :3], 2.0, None, clips=2, num_frames=16) is None
+
+
 def test_a_result_goes_through_json():
     drift = measure_drift(
         along(moving(4, LENGTH, seed=2) * ramp(1.0, 0.0)),
         real_statistics(),
         NUM_FRAMES,
         distances={"fvd_fast@4": DistanceCurve([3.0, 4.0], 2.5)},
+        changes={"contrast": change_from_first(torch.rand(4, 10, 1), torch.rand(5, 3, 1))},
+        blocks=compare_blocks(torch.rand(4, 10), torch.rand(4, 10, 6), 0.5, None, 2, NUM_FRAMES),
     )
     written = json.loads(json.dumps(drift.to_dict(), allow_nan=False))
     assert written["distances"] == {"fvd_fast@4": {"values": [3.0, 4.0], "floor": 2.5}}
@@ -135,6 +188,8 @@ def test_a_result_goes_through_json():
     assert written["statistics"]["contrast"]["left_at"] == drift.statistics["contrast"].left_at
     assert written["statistics"]["freeze_rate"]["left_at"] is None
     assert (written["num_videos"], written["num_real"]) == (4, 60)
+    assert len(written["changes"]["contrast"]["share_beyond"]) == 10
+    assert written["blocks"]["num_frames"] == 2 * NUM_FRAMES
 
 
 def test_what_can_not_be_measured_is_refused():

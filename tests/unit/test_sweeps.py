@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from src.metrics.drift import LASTING
 from src.model_folder import load_diffusion
 from src.reporting.sweeps import SCORED, Cell, cell_of, gathered, page, plot, verdict
 
@@ -13,87 +14,123 @@ EXPECTED: dict[str, Any] = {
     "question": "Does it?",
     "claim": "It does.",
     "source": "somebody",
-    "training": "train",
+    "training": "train one\ntrain two\n",
     "command": "evaluate",
-    "cells": "runs/x",
+    "folder": "runs/x",
+    "cells": {"a": "plan-1.0", "b": "plan-1.0-other"},
     "conditions": {"a": "without", "b": "with"},
     "worse": "a",
     "better": "b",
 }
+GOOD, BAD = 0.2, 0.3
 
 
-def cell(condition: str, seed: int, first: float, last: float) -> Cell:
-    shares = [first] * 4 + [(first + last) / 2] * 8 + [last] * 4
-    return Cell(condition, seed, shares, {}, {"created": "2026-01-01", "num_videos": 8, "num_real": 9})
+def cell(condition: str, seed: int, outside: float, changed: float) -> Cell:
+    """Of 16 positions: what lies outside, and what has changed in the last quarter, half of it before."""
+    return Cell(
+        condition,
+        seed,
+        outside=[outside] * 16,
+        changed=[0.0] + [changed / 2] * 11 + [changed] * 4,
+        changed_in={},
+        real_changed=[0.05] * 16,
+        distances={"kernel": [0.1] * 4 + [0.2] * 8 + [0.4] * 4},
+        blocks={
+            "num_frames": 64,
+            "motion": [0.4, 1.0],
+            "share_slow": 0.01,
+            "nearest": [0.02, 0.1],
+            "real_nearest": [0.03, 0.2],
+        },
+        made={"created": "2026-01-01", "num_videos": 8, "num_frames": 4, "num_real": 9},
+    )
 
 
-def cells(worse: list[tuple[float, float]], better: list[tuple[float, float]]) -> list[Cell]:
+def cells(worse: list[tuple[float, float]], better: list[float]) -> list[Cell]:
     return [cell("a", i, *pair) for i, pair in enumerate(worse)] + [
-        cell("b", i, *pair) for i, pair in enumerate(better)
+        cell("b", i, GOOD, changed) for i, changed in enumerate(better)
     ]
 
 
 @pytest.mark.parametrize(
     ("worse", "better", "expected"),
     [
-        ([(0.1, 0.5)] * 3, [(0.1, 0.3)] * 3, "reproduced: b drifts less in all 3 seeds, by 0.20"),
-        ([(0.1, 0.3)] * 3, [(0.1, 0.5)] * 3, "contradicted: b drifts more in all 3 seeds, by 0.20"),
-        (
-            [(0.1, 0.5)] * 3,
-            [(0.1, 0.3)] * 2 + [(0.1, 0.6)],
-            "not reproduced at this scale: the differences are",
-        ),
-        ([(0.1, 0.5)] * 3, [(0.1, 0.46)] * 3, "not reproduced at this scale"),
-        ([(0.1, 0.5)] * 2, [(0.1, 0.3)] * 3, "undecided: 2 of 3 seeds"),
-        ([(0.3, 0.8)] + [(0.1, 0.5)] * 2, [(0.1, 0.3)] * 3, "undecided: the model isn't good enough, 0.30"),
-        ([(0.1, 0.15)] + [(0.1, 0.5)] * 2, [(0.1, 0.1)] * 3, "undecided: there is nothing to hold down"),
+        ([(GOOD, 0.5)] * 3, [0.3] * 3, "reproduced: b drifts less in all 3 seeds, by 0.20"),
+        ([(GOOD, 0.3)] * 3, [0.5] * 3, "contradicted: b drifts more in all 3 seeds, by 0.20"),
+        ([(GOOD, 0.5)] * 3, [0.3, 0.3, 0.6], "not reproduced at this scale: the differences are +0.20"),
+        ([(GOOD, 0.5)] * 3, [0.46] * 3, "not reproduced at this scale"),
+        ([(GOOD, 0.5)] * 2, [0.3] * 3, "undecided: 2 of 3 seeds"),
+        ([(BAD, 0.8)] + [(GOOD, 0.5)] * 2, [0.3] * 3, "undecided: the model isn't good enough, 0.30"),
+        ([(GOOD, 0.14)] + [(GOOD, 0.5)] * 2, [0.1] * 3, "undecided: there is nothing to hold down, a drifts"),
     ],
-)
+)  # fmt: skip
 def test_the_verdict_follows_the_rule(worse: list, better: list, expected: str) -> None:
-    assert expected in verdict(cells(worse, better), "a", "b")
+    assert expected in verdict(cells(worse, better), EXPECTED)
 
 
-def record(shares: list[float]) -> dict[str, Any]:
-    curve = {"share_outside": shares, "median": [1.0] * len(shares), "band": [0.5, 1.5]}
+def test_where_there_is_a_baseline_it_must_drift_too() -> None:
+    measured = cells([(GOOD, 0.5)] * 3, [0.3] * 3)
+    asked = EXPECTED | {"baseline": "c"}
+    assert "undecided: 0 of 3 seeds" in verdict(measured, asked)
+    still = [cell("c", seed, GOOD, 0.1) for seed in range(3)]
+    assert "nothing to hold down, c drifts by 0.05" in verdict(measured + still, asked)
+    drifting = [cell("c", seed, GOOD, 0.9) for seed in range(3)]
+    assert "reproduced: b drifts less in all 3 seeds" in verdict(measured + drifting, asked)
+
+
+def record(outside: list[float], changed: list[float]) -> dict[str, Any]:
+    """Every trait as given; one that has no part in the numbers is quite different."""
     return {
         "created": "2026-01-02T03:04:05+00:00",
         "generated": {"samples": {"weights_sha256": "ab"}},
         "drift": {
             "num_videos": 8,
+            "num_frames": 4,
             "num_real": 9,
-            "statistics": {name: curve for name in (*SCORED, "freeze_rate")},
+            "statistics": {name: {"share_outside": outside, "median": outside} for name in SCORED}
+            | {"freeze_rate": {"share_outside": [1.0] * len(outside), "median": outside}},
+            "changes": {name: {"share_beyond": changed, "real_share_beyond": [0.0, 0.1]} for name in LASTING},
+            "distances": {"kernel": {"values": [0.12345] * len(outside), "floor": 0.1}},
+            "blocks": None,
         },
     }
 
 
-def test_drift_is_what_the_share_outside_has_grown_by() -> None:
-    found = cell_of("a", 3, record([0.1, 0.2, 0.1, 0.2] + [0.4] * 8 + [0.5, 0.6, 0.7, 0.8]))
-    assert found.at_first == pytest.approx(0.15) and found.drift == pytest.approx(0.65 - 0.15)
-    with pytest.raises(ValueError, match="no drift over at least 8 clip positions"):
-        cell_of("a", 3, record([0.1] * 7))
-    with pytest.raises(ValueError, match="num_positions"):
-        cell_of("a", 3, {"drift": None})
+def test_drift_is_what_has_changed_beyond_what_changes_in_real_videos() -> None:
+    told = record([0.1, 0.2, 0.1, 0.2] + [0.4] * 8 + [0.5] * 4, [0.0] * 12 + [0.5, 0.6, 0.7, 0.8])
+    told["drift"]["changes"]["colour"]["share_beyond"] = [0.0] * 12 + [1.0] * 4
+    found = cell_of("a", 3, told)
+    assert found.outside_at_first == pytest.approx(0.15) and found.outside_at_end == pytest.approx(0.5)
+    assert found.drift == pytest.approx((4 * 0.65 + 1.0) / 5 - 0.05)
+    assert found.changed_in["colour"][-1] == 1.0 and found.real_changed == [0.0, 0.1]
+    for lacking in (record([0.1] * 7, [0.1] * 7), {"drift": None}):
+        with pytest.raises(ValueError, match=r"no drift over at least 8 clip positions .* num_positions"):
+            cell_of("a", 3, lacking)
+    told["drift"]["changes"] = {}
+    with pytest.raises(ValueError, match="real videos of more than one clip"):
+        cell_of("a", 3, told)
 
 
 def test_cells_of_other_machines_are_kept_and_new_ones_replace_them(tmp_path: Path) -> None:
-    for name, share in (("a_0", 0.2), ("b_1", 0.4), ("other_0", 0.9)):
+    for name, share in (("plan-1.0_0", 0.2), ("plan-1.0-other_1", 0.4), ("elsewhere_0", 0.9)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "evaluation.json").write_text(json.dumps(record([share] * 16)))
-    old = [cell("a", 0, 0.1, 0.1), cell("a", 5, 0.1, 0.3)]
+        text = json.dumps(record([share] * 16, [share] * 16))
+        (tmp_path / name / "evaluation.json").write_text(text)
+    old = [cell("a", 0, 0.1, 0.1), cell("a", 5, 0.1, 0.35)]
     (tmp_path / "kept.json").write_text(json.dumps([vars(one) for one in old]))
     found = {(one.condition, one.seed): one for one in gathered(EXPECTED, [tmp_path], tmp_path / "kept.json")}
     assert set(found) == {("a", 0), ("a", 5), ("b", 1)}
-    assert found["a", 0].shares == [0.2] * 16 and found["a", 5].drift == pytest.approx(0.2)
+    assert found["a", 0].outside == [0.2] * 16 and found["a", 5].drift == pytest.approx(0.3)
 
 
 def test_the_page_tells_claim_verdict_numbers_and_what_is_missing() -> None:
-    text = page("x", EXPECTED, cells([(0.1, 0.5)] * 3, []), {"a": "x_a.png"})
-    assert "It does. (somebody)" in text and "undecided: 0 of 3 seeds" in text
-    assert (
-        "| a | | mean | 0.100 | 0.500 | **+0.400** |" in text and "| b | with | | not measured | | |" in text
-    )
+    text = page("x", EXPECTED, cells([(GOOD, 0.5)] * 3, []), {"a": "x_a.png"})
+    assert "It does. (somebody)" in text and "undecided: 0 of 3 seeds" in text and "\ntrain two\n" in text
+    assert "| **a** |  | mean | 0.200 | 0.200 | 0.1000, 0.4000 | **+0.450** |" in text
+    assert "| b | with | not measured | | | | |" in text
+    assert "1.0% move less than half as much" in text and "0.020 apart, in real videos 0.030" in text
     assert "![a](x_a.png)" in text and "2026-01-01" in text
-    assert plot(EXPECTED, cells([(0.1, 0.5)] * 3, [])).startswith(b"<?xml")
+    assert plot(EXPECTED, cells([(GOOD, 0.5)] * 3, [])).startswith(b"<?xml")
 
 
 def test_a_missing_model_of_a_sweep_is_told_with_what_trains_it() -> None:

@@ -1,3 +1,4 @@
+import colorsys
 import json
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,28 @@ def test_the_sky_drifts_and_gains_detail_with_resolution() -> None:
     assert np.abs(frames[32].astype(int) - frames[0]).max() <= 1
     assert np.abs(frames[16].astype(int) - frames[0]).max() > 40
     assert len(clouds.waves(32)) == 1 and len(clouds.waves(256)) > 2
+
+
+def test_each_video_may_have_its_own_sky_which_stays() -> None:
+    plain, varied = (scene(0, "train", 5, 1.0, varied_sky) for varied_sky in (False, True))
+    assert plain.sky is None and varied.sky is not None
+    assert (varied.sprites, varied.clouds, varied.label) == (plain.sprites, plain.clouds, plain.label)
+    corners = []
+    for index in range(8):
+        sky = scene(0, "train", index, 1.0, varied_sky=True).sky
+        assert sky is not None and 0.45 <= sky.hue <= 0.9 and 0.5 <= sky.brightness <= 1.25
+        top, bottom = (np.array(colour) for colour in sky.colours())
+        for colour, (saturation, value), turn in ((top, (0.75, 0.59), 0), (bottom, (0.22, 0.78), 0.05)):
+            hue, s, v = colorsys.rgb_to_hsv(*(colour / 255))
+            assert (hue, s, v) == pytest.approx(
+                (sky.hue + turn, saturation, value * sky.brightness), abs=1e-5
+            )
+        frames = render(0, "train", index, 64, 32, varied_sky=True).astype(float)
+        # Where clouds are thinnest the sky's own colour shows: from the first to the last frame the same.
+        darkest = frames.reshape(4, 16, -1, 3).min((1, 2))
+        assert np.abs(darkest - darkest.mean(0)).max() < 25
+        corners.append(tuple(top.round()))
+    assert len(set(corners)) == 8
 
 
 def test_long_and_large_videos_come_in_chunks() -> None:
@@ -264,6 +287,17 @@ def test_the_manifest_tells_classes_parameters_and_motion(tmp_path: Path) -> Non
     x, y = square.path(np.arange(20.0), aspect=1.0)
     found = centre_of(read_clip(made / name, 7, 1)[0], "square")
     assert found is not None and abs(found[0] - x[7]) < 0.04 and abs(found[1] - y[7]) < 0.04
+
+
+def test_a_varied_sky_is_another_folder_and_told_in_its_manifest(tmp_path: Path) -> None:
+    make(tmp_path), make(tmp_path, varied_sky=True)
+    told = {
+        bool(manifest["parameters"].get("varied_sky")): manifest["videos"]["train/disc/000000.mp4"]
+        for manifest in (json.loads(path.read_text()) for path in tmp_path.glob("*/manifest.json"))
+    }
+    assert set(told) == {False, True}
+    assert "sky" not in told[False] and set(told[True]["sky"]) == {"hue", "brightness"}
+    assert told[True]["sprites"] == told[False]["sprites"]
 
 
 @pytest.mark.parametrize("resolution", [(48, 32), (33, 33), 64])
