@@ -26,12 +26,12 @@ GOOD, BAD = 0.2, 0.3
 
 
 def cell(condition: str, seed: int, outside: float, changed: float) -> Cell:
-    """Of 16 positions: what lies outside, and what has changed in the last quarter, half of it before."""
+    """Of 16 positions: what lies outside, in the last quarter twice; and what has changed on average."""
     return Cell(
         condition,
         seed,
-        outside=[outside] * 16,
-        changed=[0.0] + [changed / 2] * 11 + [changed] * 4,
+        outside=[outside] * 12 + [2 * outside] * 4,
+        changed=[0.0] + [changed / 2] * 5 + [1.25 * changed] * 10,
         changed_in={},
         real_changed=[0.05] * 16,
         distances={"kernel": [0.1] * 4 + [0.2] * 8 + [0.4] * 4},
@@ -65,17 +65,34 @@ def cells(worse: list[tuple[float, float]], better: list[float]) -> list[Cell]:
     ],
 )  # fmt: skip
 def test_the_verdict_follows_the_rule(worse: list, better: list, expected: str) -> None:
-    assert expected in verdict(cells(worse, better), EXPECTED)
+    assert expected in verdict(cells(worse, better), EXPECTED, "departure")
+
+
+def test_quality_has_a_verdict_of_its_own() -> None:
+    same = 3 * [0.5]
+    worse = [cell("a", seed, 0.2, 0.5) for seed in range(3)]
+    for outside, said in (
+        (0.1, "reproduced: b drifts less in all 3 seeds, by 0.10"),
+        (0.19, "not reproduced at this scale: the differences are +0.01, +0.01, +0.01"),
+        (0.3, "contradicted: b drifts more in all 3 seeds, by 0.10"),
+    ):
+        better = [cell("b", seed, outside, 0.5) for seed in range(3)]
+        assert said in verdict(worse + better, EXPECTED, "loss")
+        assert "not reproduced" in verdict(worse + better, EXPECTED, "departure")
+        asked = EXPECTED | {"baseline": "c"}
+        assert said in verdict(worse + better, asked, "loss"), "a baseline is only asked to depart"
+    still = [cell("a", seed, 0.05, 0.5) for seed in range(3)]
+    assert "nothing to hold down, a drifts by 0.05" in verdict(still + cells([], same), EXPECTED, "loss")
 
 
 def test_where_there_is_a_baseline_it_must_drift_too() -> None:
     measured = cells([(GOOD, 0.5)] * 3, [0.3] * 3)
     asked = EXPECTED | {"baseline": "c"}
-    assert "undecided: 0 of 3 seeds" in verdict(measured, asked)
+    assert "undecided: 0 of 3 seeds" in verdict(measured, asked, "departure")
     still = [cell("c", seed, GOOD, 0.1) for seed in range(3)]
-    assert "nothing to hold down, c drifts by 0.05" in verdict(measured + still, asked)
+    assert "nothing to hold down, c drifts by 0.05" in verdict(measured + still, asked, "departure")
     drifting = [cell("c", seed, GOOD, 0.9) for seed in range(3)]
-    assert "reproduced: b drifts less in all 3 seeds" in verdict(measured + drifting, asked)
+    assert "reproduced: b drifts less in all 3 seeds" in verdict(measured + drifting, asked, "departure")
 
 
 def record(outside: list[float], changed: list[float]) -> dict[str, Any]:
@@ -101,7 +118,8 @@ def test_drift_is_what_has_changed_beyond_what_changes_in_real_videos() -> None:
     told["drift"]["changes"]["colour"]["share_beyond"] = [0.0] * 12 + [1.0] * 4
     found = cell_of("a", 3, told)
     assert found.outside_at_first == pytest.approx(0.15) and found.outside_at_end == pytest.approx(0.5)
-    assert found.drift == pytest.approx((4 * 0.65 + 1.0) / 5 - 0.05)
+    assert found.loss == pytest.approx(0.35)
+    assert found.departure == pytest.approx((4 * 2.6 + 4.0) / 5 / 15 - 0.05)
     assert found.changed_in["colour"][-1] == 1.0 and found.real_changed == [0.0, 0.1]
     for lacking in (record([0.1] * 7, [0.1] * 7), {"drift": None}):
         with pytest.raises(ValueError, match=r"no drift over at least 8 clip positions .* num_positions"):
@@ -120,14 +138,14 @@ def test_cells_of_other_machines_are_kept_and_new_ones_replace_them(tmp_path: Pa
     (tmp_path / "kept.json").write_text(json.dumps([vars(one) for one in old]))
     found = {(one.condition, one.seed): one for one in gathered(EXPECTED, [tmp_path], tmp_path / "kept.json")}
     assert set(found) == {("a", 0), ("a", 5), ("b", 1)}
-    assert found["a", 0].outside == [0.2] * 16 and found["a", 5].drift == pytest.approx(0.3)
+    assert found["a", 0].outside == [0.2] * 16 and found["a", 5].departure == pytest.approx(0.3)
 
 
 def test_the_page_tells_claim_verdict_numbers_and_what_is_missing() -> None:
     text = page("x", EXPECTED, cells([(GOOD, 0.5)] * 3, []), {"a": "x_a.png"})
     assert "It does. (somebody)" in text and "undecided: 0 of 3 seeds" in text and "\ntrain two\n" in text
-    assert "| **a** |  | mean | 0.200 | 0.200 | 0.1000, 0.4000 | **+0.450** |" in text
-    assert "| b | with | not measured | | | | |" in text
+    assert "| **a** |  | mean | 0.200 | 0.400 | +0.200 | 0.1000, 0.4000 | +0.450 |" in text
+    assert "| b | with | not measured | | | | | |" in text
     assert "1.0% move less than half as much" in text and "0.020 apart, in real videos 0.030" in text
     assert "![a](x_a.png)" in text and "2026-01-01" in text
     assert plot(EXPECTED, cells([(GOOD, 0.5)] * 3, [])).startswith(b"<?xml")
