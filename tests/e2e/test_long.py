@@ -377,14 +377,16 @@ def test_memory_does_not_grow_with_the_length(home: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sweep", ["hierarchy", "conditional_perturbation", "unconditional_guidance"])
+@pytest.mark.parametrize(
+    "sweep", ["hierarchy", "conditional_perturbation", "unconditional_guidance", "given_frames_in_loss"]
+)
 def test_a_sweep_ends_in_a_report(home: Path, sweep: str, tmp_path: Path) -> None:
     """The sweeps of experiments/ from their files, as small as can be."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LATENT_VIDEO_CACHE": str(tmp_path / "cache")
     }  # fmt: skip
     (tmp_path / "runs").mkdir()
-    for trained in ("perturbed", "clean"):
+    for trained in ("perturbed", "clean", "all_frames"):
         (tmp_path / f"runs/drift_{trained}_1").symlink_to(home)
     small = [
         "seed=1", "num_frames=128", "num_positions=8", "sampler.num_sampling_steps=1",
