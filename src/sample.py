@@ -1,11 +1,11 @@
 """Make videos with a trained model: ``python -m src.sample model=runs/ucf101/model``."""
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from .config import ConfigError, MachineSettings, SampleConfig, difference, typed, verb
 from .request import LevelChoice, Wanted, check_request, filling_model, levels_of
+
+# After so many calls of `progress` a CPU's memory that lies free is given back.
+CALLS_BETWEEN_RELEASES = 1
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,14 +42,11 @@ def make_videos(cfg: DictConfig, folder: Path, share: "Share") -> None:
     from tqdm import tqdm
 
     from .model_folder import fingerprint, load_diffusion
-    from .training.device import compile_in_place, give_back_freed_memory, pick_device
+    from .training.device import compile_in_place, pick_device, release_freed_memory
 
     check_request(cfg)
     machine: MachineSettings = typed(cfg, "machine", MachineSettings)
-    is_long = cfg.num_frames is not None or cfg.video is not None or cfg.loop
-    device = pick_device(keeps_memory=not is_long)
-    if is_long and device.type == "cpu":
-        give_back_freed_memory(above=2**18)
+    device = pick_device(keeps_memory=False)
     model = load_diffusion(cfg.model).to(device)
     levels = levels_of(cfg, model, filling_model(cfg, model))
     wanted = Wanted.of(cfg, model, levels)
@@ -81,8 +81,15 @@ def make_videos(cfg: DictConfig, folder: Path, share: "Share") -> None:
     total = sum(map(len, batches)) * num_windows
     unfinished = Windows(folder / ".unfinished", made_by)
     with tqdm(total=total, unit="window", desc="sampling", disable=share.rank > 0) as bar:
+        calls = itertools.count(1)
+
+        def progress(made: int) -> None:
+            bar.update(made)
+            if device.type == "cpu" and next(calls) % CALLS_BETWEEN_RELEASES == 0:
+                release_freed_memory()
+
         for batch in batches:
-            generator = long_videos(cfg, wanted, levels, unfinished if num_windows > 1 else None, bar.update)
+            generator = long_videos(cfg, wanted, levels, unfinished if num_windows > 1 else None, progress)
             labels = labels_of(model, batch, cfg.labels)
             with ExitStack() as files:
                 write_videos(cfg, model, wanted, generator, labels, {n: names[n] for n in batch}, files)
@@ -283,7 +290,7 @@ def write_plan(wanted: Wanted, path: Path) -> None:
     from .reporting.plans import draw_plan
 
     with atomic_path(path) as part:
-        part.write_bytes(draw_plan(wanted.plan, list(islice(wanted.plan.windows(), 60))))
+        part.write_bytes(draw_plan(wanted.plan, list(itertools.islice(wanted.plan.windows(), 60))))
     print(f"drawn: {path}")
 
 

@@ -212,28 +212,39 @@ def keep_freed_memory() -> None:
     _mallopt({-1: -1, -4: 0})  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
 
 
-def give_back_freed_memory(above: int = 16 * 2**20) -> None:
+def give_back_freed_memory() -> None:
     """Lets this process give large pieces of memory back as soon as they are freed.
 
     By default glibc keeps pieces of up to 32 MB once some were freed, with the gaps between them, and the
     heap of a long job grows, now and then, where nothing fits any more. Measured while 96 clips of 16×256²
     were scored with I3D: 1.3 to 1.6 GB at the peak, differently in each run. If pieces are given back from
-    16 MB: 0.85 GB for 13 % more time of the processor; from 1 MB: 0.58 GB for 60 % more. While a long video
-    of 32×32 was sampled: 331 MB at 256 frames and up to 449 MB at 4,096; from 256 KB: 311 and 315 MB, as
-    fast. Elsewhere than with glibc it does nothing.
-
-    Args:
-        above: bytes of the smallest such piece.
+    16 MB: 0.85 GB for 13 % more time of the processor; from 1 MB: 0.58 GB for 60 % more. Elsewhere than with
+    glibc it does nothing.
     """
     # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of malloc.h
-    _mallopt({-3: above, -1: 256 * 2**20, -4: 65536, -8: 1})
+    _mallopt({-3: 16 * 2**20, -1: 256 * 2**20, -4: 65536, -8: 1})
+
+
+def release_freed_memory() -> None:
+    """Gives the pages that lie free in the heap back, now and then, where `keep_freed_memory` keeps them.
+
+    A long job's heap grows by the gaps in it. Giving each piece back as it is freed bounds that, too, but
+    makes sampling a long video of 32×32 take twice the time. Elsewhere than with glibc it does nothing.
+    """
+    trim = _from_libc("malloc_trim")
+    if trim is not None:
+        trim(0)
 
 
 def _mallopt(options: dict[int, int]) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    mallopt = _from_libc("mallopt")
     if mallopt is not None:
         for option, value in options.items():
             mallopt(option, value)
+
+
+def _from_libc(name: str) -> Callable[..., object] | None:
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None
 
 
 def compile_in_place(modules: Iterable[nn.Module]) -> None:
