@@ -46,6 +46,25 @@ def test_same_convolution_repeats_the_border():
     torch.testing.assert_close(conv(x), reference(x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2)])
+def test_a_single_clip_is_convolved_as_several_are(stride, monkeypatch):
+    """By another kernel than PyTorch's choice: the same values and gradients."""
+    x = torch.randn(1, 4, 6, 8, 8)
+    single, several, reference = (SameConv3d(4, 8, 3 if stride == (1, 1, 1) else 4, stride) for _ in range(3))
+    for other in (several, reference):
+        other.load_state_dict(single.state_dict())
+    one = single(x)
+    torch.testing.assert_close(one, several(x.repeat(2, 1, 1, 1, 1))[:1], rtol=0, atol=2e-6)
+    monkeypatch.setattr("src.models.layers._takes_onednn", lambda x, weight: False)
+    slow = reference(x)
+    torch.testing.assert_close(one, slow, rtol=0, atol=2e-6)
+    upstream = torch.randn_like(one)
+    one.backward(upstream), slow.backward(upstream)
+    for a, b in zip(single.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_a_constant_video_has_no_border():
     x = torch.ones(1, 2, 3, 4, 5)
     y = SameConvTranspose3d(2, 3, 4, (2, 2, 2))(SameConv3d(2, 2, 3)(x))
