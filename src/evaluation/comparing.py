@@ -395,15 +395,17 @@ class Following:
         }
 
     def _real_along(self, positions: int) -> Rows | None:
-        """Rows of neighbouring clips of real videos, as many as generated ones, as far as all of them reach.
+        """Rows of neighbouring clips of as many real videos as generated ones, if there are so many.
 
-        None if they hold no two.
+        As far as half of those that hold two clips reach, or fewer positions; None if there are no two.
         """
-        order = self.order(self.protocol.seeds[0])
-        items = [item for item in order if num_clips(self.real, item) > 1][: self.num_generated]
-        if len(items) < 2:
+        lengths = {item: num_clips(self.real, item) for item in self.order(self.protocol.seeds[0])}
+        several = sorted((length for length in lengths.values() if length > 1), reverse=True)
+        if len(several) < 2:
             return None
-        reach = min(positions, *(num_clips(self.real, item) for item in items))
+        wanted = min(self.num_generated, len(several))
+        reach = min(positions, several[max(wanted, (len(several) + 1) // 2) - 1])
+        items = [item for item, length in lengths.items() if length >= reach][:wanted]
         clips = clips_along(self.real, items, reach, self.fingerprint)
         return self._along(replace(clips, title="real along time"), reach, None)
 

@@ -319,6 +319,15 @@ def test_changes_from_the_beginning_stand_beside_those_of_real_videos(dataset, t
     assert drift.blocks is None
 
 
+def test_real_videos_reach_as_far_as_half_of_them_or_as_many_as_are_needed(dataset, monkeypatch):
+    lengths = [4] * 4 + [8] * 8 + [13] * 12 + [20] * 6  # 1, 2, 3 and 5 clips of 4 frames
+    monkeypatch.setattr(dataset, "length", lambda item: lengths[item])
+    for num_generated, positions, expected in ((6, 9, 3), (20, 9, 2), (30, 9, 2), (6, 2, 2)):
+        rows = following(dataset, protocol(num_generated=num_generated))._real_along(positions)
+        assert rows is not None
+        assert rows["colour"].shape == (min(num_generated, 26), expected, 3)
+
+
 def test_without_two_real_clips_in_a_row_changes_are_not_told(tmp_path):
     np.save(tmp_path / "long.npy", np.zeros((6, 40, 16, 16, 3), np.uint8))
     long = ArrayVideos(
