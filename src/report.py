@@ -13,6 +13,9 @@ from omegaconf import DictConfig
 
 from .config import EXPERIMENTS, ConfigError, ReportConfig, read_yaml, verb
 
+# Videos of a condition whose frames are shown.
+NUM_STRIPS = 6
+
 if TYPE_CHECKING:
     from .data.transforms import Frames
 
@@ -64,7 +67,8 @@ def report_sweep(name: str, places: Sequence[str] | None, folder: Path) -> Path:
     for condition, cell in expected["cells"].items():
         picture = folder / f"{name}_{condition}.png"
         samples = f"{glob.escape(cell)}_*/evaluation_samples/sample_*.mp4"
-        videos = [video for place in measured for video in sorted(place.glob(samples))][:6]
+        videos = sorted(video for place in measured for video in place.glob(samples))
+        videos = [video for video in videos if video.parent == videos[0].parent][:NUM_STRIPS]
         if videos:
             frames = [frames_at(video, (1, 64, 256, 512, None)) for video in videos]
             with atomic_path(picture) as part:

@@ -343,16 +343,21 @@ class Following:
         rows = self._along(clips_along(videos, items, positions, fingerprint), positions, self.extractor)
         real, beside = self.real_rows(self.protocol.seeds[0]), self._real_along(positions)
         curves, changes = self._distances_along(real, rows), {}
-        if beside is not None:
-            changes = {
-                name: change_from_first(_with_width(rows[name]), _with_width(beside[name]))
-                for name in LASTING
-            }
-        else:
+        if beside is None:
             self.notes.append(
                 "the real videos hold no two clips one after the other: what the long ones have changed from "
                 "their beginning can't be told from what real ones do"
             )
+        else:
+            changes = {
+                name: change_from_first(_with_width(rows[name]), _with_width(beside[name]))
+                for name in LASTING
+            }
+            if (reach := beside["colour"].shape[1]) < positions:
+                self.notes.append(
+                    f"real videos reach {reach} clips far, the long ones {positions}: what real ones change "
+                    "from their beginning is known that far only"
+                )
         return measure_drift(
             {name: rows[name] for name in STATISTICS},
             {name: real[name] for name in STATISTICS},

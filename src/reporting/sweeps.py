@@ -40,6 +40,7 @@ class Cell:
         distances: of the clips to real clips, by name.
         blocks: what longer parts are like, see `Blocks`.
         made: when, and of what.
+        setting: how it was sampled and measured; what cells must have in common.
     """
 
     condition: str
@@ -51,6 +52,7 @@ class Cell:
     distances: Mapping[str, Sequence[float]]
     blocks: Mapping[str, Any] | None
     made: Mapping[str, Any]
+    setting: Mapping[str, Any]
 
     @property
     def outside_at_first(self) -> float:
@@ -90,6 +92,13 @@ def cell_of(condition: str, seed: int, record: Mapping[str, Any]) -> Cell:
             f"{seed}; evaluate with num_positions=… beside real videos of more than one clip"
         )
     changes = drift["changes"]
+    reached = len(changes[LASTING[0]]["real_share_beyond"])
+    if reached < NUM_FIRST:
+        raise ValueError(
+            f"{condition}, seed {seed}: the real videos reach only {reached} clips far, at least {NUM_FIRST} "
+            "are needed to tell what changes in real ones; evaluate beside longer real videos"
+        )
+    samples = record["generated"].get("samples") or {}
     return Cell(
         condition=condition,
         seed=seed,
@@ -101,10 +110,15 @@ def cell_of(condition: str, seed: int, record: Mapping[str, Any]) -> Cell:
         blocks=drift["blocks"],
         made={
             "created": record.get("created"),
-            "weights_sha256": record["generated"].get("samples", {}).get("weights_sha256"),
-            "num_videos": drift["num_videos"],
-            "num_frames": drift["num_frames"],
-            "num_real": drift["num_real"],
+            "weights_sha256": samples.get("weights_sha256"),
+        },
+        setting={
+            "videos": drift["num_videos"],
+            "frames": samples.get("num_frames"),
+            "clips": len(drift["statistics"][SCORED[0]]["median"]),
+            "frames of a clip": drift["num_frames"],
+            "real clips": drift["num_real"],
+            "sampler": samples.get("sampler"),
         },
     )
 
@@ -193,14 +207,15 @@ def page(name: str, expected: Mapping[str, Any], cells: Sequence[Cell], strips: 
     lines += ["", f"![share changed and share outside by clip position]({name}.svg)", ""]
     if cells:
         measured = sorted({str(cell.made["created"])[:10] for cell in cells})
-        sizes = sorted({(c.made["num_videos"], len(c.outside), c.made["num_frames"]) for c in cells})
-        told = ", ".join(
-            f"{videos} videos of {count} clips of {frames} frames" for videos, count, frames in sizes
-        )
-        lines += [f"{told} in each cell, measured {', '.join(measured)}; all numbers: `{name}.json`.", ""]
+        how = cells[0].setting
+        lines += [
+            f"{how['videos']} videos of {how['clips']} clips of {how['frames of a clip']} frames in each "
+            f"cell, measured {', '.join(measured)}; all numbers: `{name}.json`.",
+            "",
+        ]
     lines += _about_blocks([cell for cell in cells if cell.blocks])
     if strips:
-        lines += ["Frames 1, 64, 256, 512 and the last of the first videos of one seed:", ""]
+        lines += ["Frames 1, 64, 256, 512 and the last of the first videos of the first seed:", ""]
     for condition, picture in strips.items():
         lines += [f"**{condition}**", "", f"![{condition}]({picture})", ""]
     return "\n".join(lines)
@@ -283,15 +298,39 @@ def gathered(expected: Mapping[str, Any], folders: Sequence[Path], kept: Path) -
         expected: what is expected, with the names of the conditions' cells.
         folders: with a sub-folder `NAME_SEED` for each cell.
         kept: JSON file of cells.
+
+    Raises:
+        ValueError: for cells that can't be compared with each other, and for a kept file of something else.
     """
     cells: dict[tuple[str, int], Cell] = {}
     if kept.is_file():
-        for cell in json.loads(kept.read_text()):
-            cells[cell["condition"], cell["seed"]] = Cell(**cell)
+        try:
+            cells = {(cell["condition"], cell["seed"]): Cell(**cell) for cell in json.loads(kept.read_text())}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{kept} holds no cells as this version writes them ({error}); remove it, or choose another "
+                "place: output=FOLDER"
+            ) from error
     for folder in folders:
         for condition, name in expected["cells"].items():
             for path in folder.glob(f"{glob.escape(name)}_*/evaluation.json"):
                 seed = path.parent.name.removeprefix(f"{name}_")
                 if seed.isdigit():
                     cells[condition, int(seed)] = cell_of(condition, int(seed), json.loads(path.read_text()))
-    return [cells[key] for key in sorted(cells)]
+    told = [cells[key] for key in sorted(cells)]
+    _refuse_mixtures(told)
+    return told
+
+
+def _refuse_mixtures(cells: Sequence[Cell]) -> None:
+    by_setting: dict[str, list[str]] = {}
+    for cell in cells:
+        setting = ", ".join(f"{name} {value}" for name, value in cell.setting.items())
+        by_setting.setdefault(setting, []).append(f"{cell.condition} {cell.seed}")
+    if len(by_setting) > 1:
+        sets = "".join(f"\n  {', '.join(names)}: {setting}" for setting, names in by_setting.items())
+        raise ValueError(
+            f"cells that were sampled or measured in different ways can't stand in one table:{sets}\n"
+            "Keep them in folders of their own and name one, runs=[FOLDER], and a report of its own, "
+            "output=FOLDER"
+        )

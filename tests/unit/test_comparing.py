@@ -317,6 +317,7 @@ def test_changes_from_the_beginning_stand_beside_those_of_real_videos(dataset, t
     curve = drift.distances["kernel_distance_of_pixels"]
     assert len(curve.values) == 6 and curve.floor is not None
     assert drift.blocks is None
+    assert any("real videos reach 5 clips far, the long ones 6" in note for note in followed.notes)
 
 
 def test_real_videos_reach_as_far_as_half_of_them_or_as_many_as_are_needed(dataset, monkeypatch):

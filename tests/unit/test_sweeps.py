@@ -1,6 +1,7 @@
 """What a sweep's report says of cells whose drift is known."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def cell(condition: str, seed: int, outside: float, changed: float) -> Cell:
             "nearest": [0.02, 0.1],
             "real_nearest": [0.03, 0.2],
         },
-        made={"created": "2026-01-01", "num_videos": 8, "num_frames": 4, "num_real": 9},
+        made={"created": "2026-01-01"},
+        setting={"videos": 8, "clips": 16, "frames of a clip": 4, "sampler": {"num_sampling_steps": 3}},
     )
 
 
@@ -99,14 +101,16 @@ def record(outside: list[float], changed: list[float]) -> dict[str, Any]:
     """Every trait as given; one that has no part in the numbers is quite different."""
     return {
         "created": "2026-01-02T03:04:05+00:00",
-        "generated": {"samples": {"weights_sha256": "ab"}},
+        "generated": {"samples": {"weights_sha256": "ab", "num_frames": 64, "sampler": {"steps": 3}}},
         "drift": {
             "num_videos": 8,
             "num_frames": 4,
             "num_real": 9,
             "statistics": {name: {"share_outside": outside, "median": outside} for name in SCORED}
             | {"freeze_rate": {"share_outside": [1.0] * len(outside), "median": outside}},
-            "changes": {name: {"share_beyond": changed, "real_share_beyond": [0.0, 0.1]} for name in LASTING},
+            "changes": {
+                name: {"share_beyond": changed, "real_share_beyond": [0.0, 0.1, 0.1, 0.1]} for name in LASTING
+            },
             "distances": {"kernel": {"values": [0.12345] * len(outside), "floor": 0.1}},
             "blocks": None,
         },
@@ -120,10 +124,14 @@ def test_drift_is_what_has_changed_beyond_what_changes_in_real_videos() -> None:
     assert found.outside_at_first == pytest.approx(0.15) and found.outside_at_end == pytest.approx(0.5)
     assert found.loss == pytest.approx(0.35)
     assert found.departure == pytest.approx((4 * 2.6 + 4.0) / 5 / 15 - 0.05)
-    assert found.changed_in["colour"][-1] == 1.0 and found.real_changed == [0.0, 0.1]
+    assert found.changed_in["colour"][-1] == 1.0 and found.real_changed == [0.0, 0.1, 0.1, 0.1]
     for lacking in (record([0.1] * 7, [0.1] * 7), {"drift": None}):
         with pytest.raises(ValueError, match=r"no drift over at least 8 clip positions .* num_positions"):
             cell_of("a", 3, lacking)
+    for change in told["drift"]["changes"].values():
+        change["real_share_beyond"] = [0.0, 0.1]
+    with pytest.raises(ValueError, match="real videos reach only 2 clips far, at least 4"):
+        cell_of("a", 3, told)
     told["drift"]["changes"] = {}
     with pytest.raises(ValueError, match="real videos of more than one clip"):
         cell_of("a", 3, told)
@@ -134,11 +142,25 @@ def test_cells_of_other_machines_are_kept_and_new_ones_replace_them(tmp_path: Pa
         (tmp_path / name).mkdir()
         text = json.dumps(record([share] * 16, [share] * 16))
         (tmp_path / name / "evaluation.json").write_text(text)
-    old = [cell("a", 0, 0.1, 0.1), cell("a", 5, 0.1, 0.35)]
+    same = cell_of("b", 1, record([0.4] * 16, [0.4] * 16)).setting
+    old = [replace(cell("a", seed, 0.1, changed), setting=same) for seed, changed in ((0, 0.1), (5, 0.35))]
     (tmp_path / "kept.json").write_text(json.dumps([vars(one) for one in old]))
     found = {(one.condition, one.seed): one for one in gathered(EXPECTED, [tmp_path], tmp_path / "kept.json")}
     assert set(found) == {("a", 0), ("a", 5), ("b", 1)}
     assert found["a", 0].outside == [0.2] * 16 and found["a", 5].departure == pytest.approx(0.3)
+
+
+def test_cells_that_were_measured_in_other_ways_are_refused(tmp_path: Path) -> None:
+    few = record([0.2] * 16, [0.2] * 16)
+    few["drift"]["num_videos"] = 3
+    for name, told in (("plan-1.0_0", record([0.2] * 16, [0.2] * 16)), ("plan-1.0_7", few)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "evaluation.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"a 0: videos 8, [\s\S]*a 7: videos 3, [\s\S]*runs=\[FOLDER\]"):
+        gathered(EXPECTED, [tmp_path], tmp_path / "kept.json")
+    (tmp_path / "kept.json").write_text('[{"condition": "a", "seed": 0, "shares": []}]')
+    with pytest.raises(ValueError, match=r"kept.json holds no cells as this version .* output=FOLDER"):
+        gathered(EXPECTED, [], tmp_path / "kept.json")
 
 
 def test_the_page_tells_claim_verdict_numbers_and_what_is_missing() -> None:
