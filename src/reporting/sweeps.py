@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
@@ -12,6 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
+from ..data.storage import parse_json
 from ..metrics.drift import LASTING
 from .plots import COLORS, STYLE
 
@@ -286,12 +286,13 @@ def gathered(expected: Mapping[str, Any], folders: Sequence[Path], kept: Path) -
     """
     cells: dict[tuple[str, int], Cell] = {}
     if kept.is_file():
-        for cell in json.loads(kept.read_text()):
+        for cell in parse_json(kept, "copy it again, or remove it and gather the cells anew"):
             cells[cell["condition"], cell["seed"]] = Cell(**cell)
     for folder in folders:
         for condition, name in expected["cells"].items():
             for path in folder.glob(f"{glob.escape(name)}_*/evaluation.json"):
                 seed = path.parent.name.removeprefix(f"{name}_")
                 if seed.isdigit():
-                    cells[condition, int(seed)] = cell_of(condition, int(seed), json.loads(path.read_text()))
+                    told = parse_json(path, "remove it and run the cell's `evaluate` again")
+                    cells[condition, int(seed)] = cell_of(condition, int(seed), told)
     return [cells[key] for key in sorted(cells)]

@@ -141,6 +141,17 @@ def test_cells_of_other_machines_are_kept_and_new_ones_replace_them(tmp_path: Pa
     assert found["a", 0].outside == [0.2] * 16 and found["a", 5].departure == pytest.approx(0.3)
 
 
+def test_damaged_results_of_a_cell_are_told_with_their_file(tmp_path: Path) -> None:
+    damaged = tmp_path / "plan-1.0_0/evaluation.json"
+    damaged.parent.mkdir()
+    damaged.write_text('{"drift": ')
+    with pytest.raises(ValueError, match=r"plan-1\.0_0/evaluation\.json is damaged.*remove it"):
+        gathered(EXPECTED, [tmp_path], tmp_path / "kept.json")
+    (tmp_path / "kept.json").write_text("")
+    with pytest.raises(ValueError, match=r"kept\.json is damaged.*copy it again"):
+        gathered(EXPECTED, [], tmp_path / "kept.json")
+
+
 def test_the_page_tells_claim_verdict_numbers_and_what_is_missing() -> None:
     text = page("x", EXPECTED, cells([(GOOD, 0.5)] * 3, []), {"a": "x_a.png"})
     assert "It does. (somebody)" in text and "undecided: 0 of 3 seeds" in text and "\ntrain two\n" in text

@@ -308,6 +308,19 @@ def test_frames_can_be_written_bit_by_bit(tmp_path: Path) -> None:
     assert (tmp_path / "once.mp4").read_bytes() == (tmp_path / "twice.mp4").read_bytes()
 
 
+def test_a_video_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, done = tmp_path / "a.mp4", []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (done.append(("fsync", os.fstat(file).st_ino)), fsync(file))
+    )
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append(("replace", 0)), replace(*names)))
+    write_video(path, numbered(5), 8)
+    assert done == [("fsync", path.stat().st_ino), ("replace", 0)]
+
+
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     with pytest.raises(RuntimeError, match="stop"), VideoWriter(path, 8) as writer:
