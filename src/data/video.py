@@ -190,14 +190,14 @@ def count_frames(path: VideoPath) -> int:
 
 
 def declared_frames(path: VideoPath) -> int | None:
-    """How many frames a file says that it has, if it says so; packed-B AVI counts a few too many."""
+    """How many frames a file says that it has, if it can be read and says so; some count a few too many."""
     if is_images(path) or Path(str(path)).suffix.lower() == ".webp":
         return None
     try:
         with _opened(path) as container:
             return _video_stream(path, container).frames or None
-    except (av.error.FFmpegError, OSError, UnicodeError) as error:
-        raise VideoError(path, getattr(error, "strerror", None) or str(error)) from error
+    except (VideoError, av.error.FFmpegError, OSError, UnicodeError):
+        return None
 
 
 # Frames that a seek must save to be worth it, and how many of a file's key frames may be unfit before none is
