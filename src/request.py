@@ -1,6 +1,7 @@
 """What `sample` is asked for: which plan, by which models, beside which given videos."""
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -352,6 +353,7 @@ class GivenVideo:
 
     def __init__(self, path: Path, model: "DiffusionModel") -> None:
         self.path, self.model = path, model
+        warn_if_cut_short(path)
         self.num_frames = sum(1 for _ in self._read())
         factor = model.autoencoder.downsample[0]
         if self.num_frames < factor:
@@ -404,6 +406,23 @@ class GivenVideo:
                 next(self.model.unet.parameters()).device
             )
             return autoencoder.normalize(autoencoder.encode(video).mean)
+
+
+# Frames by which whole files may miss what they declare: packed-B AVI counts a few too many.
+MISCOUNT = 3
+
+
+def warn_if_cut_short(path: Path) -> None:
+    """Warns if a video declares more frames than can be decoded: only those would be gone on from."""
+    from .data.video import count_frames, declared_frames
+
+    declared = declared_frames(path)
+    if declared is not None and (count := count_frames(path)) < declared - MISCOUNT:
+        warnings.warn(
+            f"{path} says that it has {declared} frames, and {count} of them can be decoded: it seems to be "
+            "cut short or damaged. Those are taken; copy the file again if it should have more",
+            stacklevel=2,
+        )
 
 
 def check_training(plan: "Plan", levels: Sequence[LevelChoice], backward: bool) -> None:

@@ -41,6 +41,7 @@ def make_videos(cfg: DictConfig, folder: Path, share: "Share") -> None:
     """Samples what a config of `sample` asks for into a folder; what is complete there stays."""
     from tqdm import tqdm
 
+    from .data.storage import remove_abandoned
     from .model_folder import fingerprint, load_diffusion
     from .training.device import compile_in_place, pick_device, release_freed_memory
 
@@ -68,8 +69,9 @@ def make_videos(cfg: DictConfig, folder: Path, share: "Share") -> None:
     def begun() -> list[int]:
         """The seeds that are still to be sampled; the folder says from now on how its samples are made."""
         refuse_other_samples(folder, made_by)
+        remove_abandoned(folder, "sample_*.mp4")
         told = (folder / "samples.json").is_file()
-        finished = [seed for seed in seeds if told and names[seed].is_file()]
+        finished = [seed for seed in seeds if told and is_complete(names[seed], wanted.num_in_file)]
         describe(cfg, model, folder, made_by, {seed: names[seed] for seed in finished})
         return [seed for seed in seeds if seed not in finished]
 
@@ -336,20 +338,39 @@ def recipe(cfg: DictConfig, weights: str, num_frames: int) -> dict[str, Any]:
 
 
 def refuse_other_samples(folder: Path, made_by: dict[str, Any]) -> None:
-    """Raises ConfigError if a folder holds samples of another model or made in another way.
+    """Raises ConfigError if a folder holds samples of another model or made in another way, ValueError if it
+    can't be told.
 
     Mixed, they would be measured as one.
     """
+    from .data.storage import parse_json
+
     path = folder / "samples.json"
     if not path.is_file():
         return
-    lines = difference(json.loads(path.read_text()).get("made_by", {}), made_by)
+    remedy = "remove it and run the same command again, which makes the samples anew"
+    told = parse_json(path, remedy)
+    if not isinstance(told, dict) or not isinstance(told.get("made_by", {}), dict):
+        raise ConfigError(f"{path} is damaged, it doesn't say how its samples were made; {remedy}")
+    lines = difference(told.get("made_by", {}), made_by)
     if lines:
         changes = "\n".join(lines)
         raise ConfigError(
             f"{folder} holds samples that were made in another way (there -> here):\n{changes}\n"
             f"Choose another folder with output=…, or remove {folder} first"
         )
+
+
+def is_complete(path: Path, num_frames: int) -> bool:
+    """Whether a sample is there with all its frames; says so if it is there without them."""
+    from .data.video import count_frames
+
+    if not path.is_file():
+        return False
+    count = count_frames(path)
+    if count != num_frames:
+        print(f"{path} is damaged: {count} of {num_frames} frames can be decoded; it is made again")
+    return count == num_frames
 
 
 def describe(

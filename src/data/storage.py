@@ -54,11 +54,16 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
         with named_if_full(path):
             yield part
             if durable:
-                with part.open("rb") as written:
-                    os.fsync(written.fileno())
+                onto_disk(part)
             os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def onto_disk(path: Path) -> None:
+    """Wait until what was written to a file is on the disk."""
+    with path.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 ABANDONED_AFTER = 3600.0  # seconds
@@ -71,13 +76,35 @@ def _is_abandoned(part: Path, name: str) -> bool:
         return False
     if time.time() - part.stat().st_mtime < ABANDONED_AFTER:
         return False
+    return _is_gone(int(writer))
+
+
+def _is_gone(process: int) -> bool:
+    """Whether this machine runs no process of that number."""
     try:
-        os.kill(int(writer), 0)
-    except ProcessLookupError:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
         return True
     except OSError:  # it is another user's
         return False
     return False
+
+
+def part_of(path: Path) -> Path:
+    """Where this process writes a file that may take hours; ``remove_abandoned`` knows whose it is."""
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
+
+
+def remove_abandoned(folder: Path, name: str) -> None:
+    """Remove what processes that are gone were writing for files whose names match a pattern, by ``part_of``.
+
+    Only those of this machine: of others it can't be told whether they still run.
+    """
+    for part in folder.glob(f".{name}.{glob.escape(platform.node())}.*.part"):
+        writer = part.name.split(".")[-2]
+        if sys.platform != "win32" and writer.isdigit() and _is_gone(int(writer)):
+            with suppress(OSError):
+                part.unlink()
 
 
 def remove_leftovers(folders: Iterable[Path]) -> None:
@@ -106,8 +133,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield part
         for file in part.rglob("*"):
             if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
+                onto_disk(file)
         if path.exists():
             os.replace(path, old)
         os.replace(part, path)
@@ -166,6 +192,14 @@ def read_json(path: Path) -> Any | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def parse_json(path: Path, remedy: str) -> Any:
+    """Read JSON that is needed; ValueError, which tells the file and a remedy, if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, it isn't JSON ({error}); {remedy}") from error
 
 
 def read_json_lines(path: Path) -> list[Any]:

@@ -12,7 +12,7 @@ import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -26,6 +26,7 @@ from av.container import InputContainer
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from PIL import Image, ImageOps
 
+from .storage import onto_disk, part_of
 from .transforms import Frames
 
 # fmt: off
@@ -175,6 +176,28 @@ def probe(path: VideoPath) -> VideoInfo:
     if not damaged and _increasing(times):
         points = _verified(path, candidates, digests, len(times))
     return VideoInfo(len(times), fps, *size, variable_rate, points)
+
+
+def count_frames(path: VideoPath) -> int:
+    """How many frames can be decoded, without turning them into pixels; 0 if none can."""
+    if is_images(path):
+        return len(image_files(path))
+    count = 0
+    with suppress(VideoError):
+        for _ in _decode(path):
+            count += 1
+    return count
+
+
+def declared_frames(path: VideoPath) -> int | None:
+    """How many frames a file says that it has, if it can be read and says so; some count a few too many."""
+    if is_images(path) or Path(str(path)).suffix.lower() == ".webp":
+        return None
+    try:
+        with _opened(path) as container:
+            return _video_stream(path, container).frames or None
+    except (VideoError, av.error.FFmpegError, OSError, UnicodeError):
+        return None
 
 
 # Frames that a seek must save to be worth it, and how many of a file's key frames may be unfit before none is
@@ -721,8 +744,9 @@ class VideoWriter:
     """Write frames to an H.264 mp4 that every browser plays, as they come.
 
     4:2:0 with BT.601 colour, tagged, and the index in front. Odd heights and widths, which 4:2:0 can't hold,
-    grow by one row or column that repeats the last. The file appears under its name only when it is complete;
-    after an error there is none. Equal frames give equal bytes on one version of the encoder.
+    grow by one row or column that repeats the last. The file appears under its name only when it is complete
+    and on the disk; after an error there is none. Equal frames give equal bytes on one version of the
+    encoder.
 
     ``crf`` is x264's quality, 0 (lossless but for colour) to 51; a key frame comes every
     ``keyframe_interval`` frames; ``preset`` is x264's trade of time for size.
@@ -741,7 +765,7 @@ class VideoWriter:
             raise ValueError(f"fps must be a positive number, got {fps}")
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._part = part_of(self.path)
         self._shape: tuple[int, ...] | None = None
         self._count = 0
         self._reformatter = VideoReformatter()
@@ -806,6 +830,7 @@ class VideoWriter:
         try:
             self._encode(None)
             self._container.close()
+            onto_disk(self._part)
             os.replace(self._part, self.path)
         except BaseException:
             self._discard()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
@@ -12,6 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
+from ..data.storage import parse_json
 from ..metrics.drift import LASTING
 from .plots import COLORS, STYLE
 
@@ -304,9 +304,10 @@ def gathered(expected: Mapping[str, Any], folders: Sequence[Path], kept: Path) -
     """
     cells: dict[tuple[str, int], Cell] = {}
     if kept.is_file():
+        told = parse_json(kept, "copy it again, or remove it and gather the cells anew")
         try:
-            cells = {(cell["condition"], cell["seed"]): Cell(**cell) for cell in json.loads(kept.read_text())}
-        except (ValueError, TypeError, KeyError) as error:
+            cells = {(cell["condition"], cell["seed"]): Cell(**cell) for cell in told}
+        except (TypeError, KeyError) as error:
             raise ValueError(
                 f"{kept} holds no cells as this version writes them ({error}); remove it, or choose another "
                 "place: output=FOLDER"
@@ -316,10 +317,11 @@ def gathered(expected: Mapping[str, Any], folders: Sequence[Path], kept: Path) -
             for path in folder.glob(f"{glob.escape(name)}_*/evaluation.json"):
                 seed = path.parent.name.removeprefix(f"{name}_")
                 if seed.isdigit():
-                    cells[condition, int(seed)] = cell_of(condition, int(seed), json.loads(path.read_text()))
-    told = [cells[key] for key in sorted(cells)]
-    _refuse_mixtures(told)
-    return told
+                    record = parse_json(path, "remove it and run the cell's `evaluate` again")
+                    cells[condition, int(seed)] = cell_of(condition, int(seed), record)
+    in_order = [cells[key] for key in sorted(cells)]
+    _refuse_mixtures(in_order)
+    return in_order
 
 
 def _refuse_mixtures(cells: Sequence[Cell]) -> None:

@@ -244,7 +244,9 @@ def test_a_killed_job_goes_on_from_the_last_window(home: Path) -> None:
     process.wait()
     windows = sorted(folder.glob(".unfinished/*/*/*.safetensors"))
     assert windows and not list(folder.glob("*.mp4"))
+    assert list(folder.glob(".sample_*.part"))
     windows[0].write_bytes(b"torn")
+    windows[1].write_bytes(windows[1].read_bytes()[:-64] + bytes(64))
     stamps = {path: path.stat().st_mtime_ns for path in windows[2:]}
     subprocess.run(
         command(home, *LONG, f"output={folder}"), cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -253,7 +255,22 @@ def test_a_killed_job_goes_on_from_the_last_window(home: Path) -> None:
     for i in range(2):
         name = f"sample_00000{i}.mp4"
         assert (folder / name).read_bytes() == (home / "whole" / name).read_bytes()
-    assert stamps and not (folder / ".unfinished").exists()
+    assert stamps and not list(folder.glob(".*"))
+
+
+def test_a_damaged_sample_is_made_again(home: Path) -> None:
+    folder, clean = home / "damaged", home / "undamaged"
+    arguments = ["plan=flat", "num_frames=32"]
+    sample(home, *arguments, f"output={clean}")
+    sample(home, *arguments, f"output={folder}")
+    first, second = (folder / f"sample_00000{i}.mp4" for i in range(2))
+    stamp = second.stat().st_mtime_ns
+    first.write_bytes(first.read_bytes()[:1000])
+    told = sample(home, *arguments, f"output={folder}")
+    assert f"{first} is damaged" in told and "1 of them were there" in told
+    assert second.stat().st_mtime_ns == stamp
+    # Alone in its batch, so equal but for rounding.
+    assert abs(frames_of(first) - frames_of(clean / first.name)).mean() < 1
 
 
 def kept_windows(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """Files and folders appear whole or not at all, and others may read them."""
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -9,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.data.storage import atomic_folder, atomic_path, held, load_tensors, remove_leftovers, save_tensors
+from src.data.storage import (
+    atomic_folder,
+    atomic_path,
+    held,
+    load_tensors,
+    parse_json,
+    part_of,
+    remove_abandoned,
+    remove_leftovers,
+    save_tensors,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +80,36 @@ def test_what_killed_writers_of_a_file_have_left_goes_but_not_what_others_write(
     (tmp_path / ".model.old.part").mkdir()
     remove_leftovers([tmp_path])
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", ".model.old.part"}
+
+
+def test_parts_of_killed_processes_go_but_not_those_of_others(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, alive, here = ended.pid, os.getppid(), platform.node()
+    kept = {
+        part_of(tmp_path / "sample_2.mp4").name,
+        f".sample_1.mp4.{here}.{alive}.part",
+        f".sample_1.mp4.{here}-too.{dead}.part",  # of another machine
+        f".other.mp4.{here}.{dead}.part",
+        "sample_0.mp4",
+    }
+    for name in kept | {f".sample_{i}.mp4.{here}.{dead}.part" for i in range(3)}:
+        (tmp_path / name).write_text("half")
+    remove_abandoned(tmp_path, "sample_*.mp4")
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    remove_abandoned(tmp_path / "none", "sample_*.mp4")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1', b"\0" * 100, b"\xff\xfe{}"])
+def test_damaged_json_that_is_needed_is_told_with_its_file_and_a_remedy(
+    tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json is damaged.*; remove it"):
+        parse_json(path, "remove it")
+    path.write_text('{"ü": [1]}', encoding="utf-8")
+    assert parse_json(path, "remove it") == {"ü": [1]}
 
 
 def test_a_folder_is_held_until_its_process_ends_however_it_ends(tmp_path: Path) -> None:

@@ -163,6 +163,17 @@ def test_cells_that_were_measured_in_other_ways_are_refused(tmp_path: Path) -> N
         gathered(EXPECTED, [], tmp_path / "kept.json")
 
 
+def test_damaged_results_of_a_cell_are_told_with_their_file(tmp_path: Path) -> None:
+    damaged = tmp_path / "plan-1.0_0/evaluation.json"
+    damaged.parent.mkdir()
+    damaged.write_text('{"drift": ')
+    with pytest.raises(ValueError, match=r"plan-1\.0_0/evaluation\.json is damaged.*remove it"):
+        gathered(EXPECTED, [tmp_path], tmp_path / "kept.json")
+    (tmp_path / "kept.json").write_text("")
+    with pytest.raises(ValueError, match=r"kept\.json is damaged.*copy it again"):
+        gathered(EXPECTED, [], tmp_path / "kept.json")
+
+
 def test_the_page_tells_claim_verdict_numbers_and_what_is_missing() -> None:
     text = page("x", EXPECTED, cells([(GOOD, 0.5)] * 3, []), {"a": "x_a.png"})
     assert "It does. (somebody)" in text and "undecided: 0 of 3 seeds" in text and "\ntrain two\n" in text

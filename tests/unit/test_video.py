@@ -20,6 +20,8 @@ from src.data.video import (
     VideoError,
     VideoWriter,
     contact_sheet,
+    count_frames,
+    declared_frames,
     encode_preview,
     iterate_frames,
     natural_key,
@@ -306,6 +308,40 @@ def test_frames_can_be_written_bit_by_bit(tmp_path: Path) -> None:
         for begin in range(0, 30, 7):
             writer.write(frames[begin : begin + 7])
     assert (tmp_path / "once.mp4").read_bytes() == (tmp_path / "twice.mp4").read_bytes()
+
+
+def test_frames_are_counted_beside_those_that_are_declared(tmp_path: Path, shared: Shared) -> None:
+    path = tmp_path / "a.mp4"
+    write_video(path, numbered(30), 8)
+    assert count_frames(path) == declared_frames(path) == 30
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert count_frames(path) < 30 == declared_frames(path)
+    path.write_bytes(b"")
+    assert count_frames(path) == 0 and declared_frames(path) is None
+    clips = shared("odd_clips")
+    told = {name: (declared_frames(clips / name), count_frames(clips / name)) for name in COUNTED}
+    assert told == COUNTED
+
+
+COUNTED = {
+    "truncated.avi": (164, 62),
+    "animated.webp": (None, 20),
+    "vp9.webm": (None, 50),
+    "audio_only_no_video.mp4": (None, 0),
+}
+
+
+def test_a_video_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, done = tmp_path / "a.mp4", []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (done.append(("fsync", os.fstat(file).st_ino)), fsync(file))
+    )
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append(("replace", 0)), replace(*names)))
+    write_video(path, numbered(5), 8)
+    assert done == [("fsync", path.stat().st_ino), ("replace", 0)]
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
