@@ -152,7 +152,10 @@ def _rendered(folder: Path, jobs: Sequence[tuple[str, int]], parameters: dict[st
         def render_one(job: tuple[str, int]) -> None:
             what = _scene_of(parameters, *job)
             resolution = (parameters["height"], parameters["width"])
-            with VideoWriter(folder / _name(*job), parameters["fps"], crf=CRF, preset="veryfast") as writer:
+            # Files of another size than the manifest's are rendered again: no need to wait for the disk.
+            with VideoWriter(
+                folder / _name(*job), parameters["fps"], crf=CRF, preset="veryfast", durable=False
+            ) as writer:
                 for frames in render_scene(what, parameters["num_frames"], resolution):
                     writer.write(frames)
 

@@ -749,7 +749,8 @@ class VideoWriter:
     encoder.
 
     ``crf`` is x264's quality, 0 (lossless but for colour) to 51; a key frame comes every
-    ``keyframe_interval`` frames; ``preset`` is x264's trade of time for size.
+    ``keyframe_interval`` frames; ``preset`` is x264's trade of time for size. Without ``durable`` a power cut
+    may damage a file that had its name already.
     """
 
     def __init__(
@@ -760,12 +761,14 @@ class VideoWriter:
         crf: int = 16,
         keyframe_interval: int = 24,
         preset: str = "medium",
+        durable: bool = True,
     ) -> None:
         if not (math.isfinite(fps) and fps > 0):
             raise ValueError(f"fps must be a positive number, got {fps}")
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._part = part_of(self.path)
+        self._durable = durable
         self._shape: tuple[int, ...] | None = None
         self._count = 0
         self._reformatter = VideoReformatter()
@@ -830,7 +833,8 @@ class VideoWriter:
         try:
             self._encode(None)
             self._container.close()
-            onto_disk(self._part)
+            if self._durable:
+                onto_disk(self._part)
             os.replace(self._part, self.path)
         except BaseException:
             self._discard()
