@@ -26,6 +26,8 @@ def check_request(cfg: DictConfig) -> None:
     for name in ("num_samples", "batch_size", "num_frames", "decoding_window"):
         if cfg[name] is not None and cfg[name] < 1:
             raise ConfigError(f"{name} must be at least 1, got {cfg[name]}")
+    if cfg.first_seed < 0:
+        raise ConfigError(f"first_seed must be at least 0, got {cfg.first_seed}")
     if cfg.direction not in ("forward", "backward"):
         raise ConfigError(f"direction must be forward or backward, got {cfg.direction}")
     kinds = ("autoregressive", "hierarchical", "flat")
@@ -35,6 +37,14 @@ def check_request(cfg: DictConfig) -> None:
         raise ConfigError(
             f"plan.num_given={cfg.plan.num_given} doesn't go with plan.kind={cfg.plan.kind}: windows of a "
             "flat plan are given nothing (0), those of the others at least 1 latent frame"
+        )
+    filling = [
+        f"interpolation.{key}={value}" for key, value in cfg.interpolation.items() if value is not None
+    ]
+    if filling and cfg.plan.kind != "hierarchical":
+        raise ConfigError(
+            f"{', '.join(filling)} {'has' if len(filling) == 1 else 'have'} nothing to do in "
+            f"plan={cfg.plan.kind}, which fills no gaps; use plan=hierarchical, or leave interpolation.* away"
         )
     between = isinstance(cfg.video, ListConfig)
     if between and len(cfg.video) != 2:
@@ -51,6 +61,10 @@ def check_request(cfg: DictConfig) -> None:
     for path in cfg.video if between else [cfg.video]:
         if (between or path is not None) and not (path and Path(path).exists()):
             raise FileNotFoundError(f"there is no {path}; give video=FILE, the video to go on from")
+
+
+Setting = tuple[str, Any]
+"""A key of the config and its value."""
 
 
 def number_of(name: str, value: Any, whole: bool) -> float:
@@ -105,10 +119,6 @@ def filling_model(cfg: DictConfig, model: "DiffusionModel") -> "DiffusionModel":
     path = cfg.interpolation.model
     if path is None:
         return model
-    if cfg.plan.kind != "hierarchical":
-        raise ConfigError(
-            f"interpolation.model={path} has nothing to do in plan={cfg.plan.kind}; use plan=hierarchical"
-        )
     filler = load_diffusion(path)
     known, other = (fingerprint(Path(folder) / "autoencoder") for folder in (cfg.model, path))
     if known != other:
@@ -137,17 +147,22 @@ def levels_of(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel"
     sampler = build(cfg.sampler)
 
     def level(
-        stride: int, of: "DiffusionModel", scale: Any, interval: Any, noise_level: Any, where: str = ""
+        stride: int, of: "DiffusionModel", scale: Setting, interval: Setting, noise_level: Setting
     ) -> LevelChoice:
-        names = [f"{where}guidance{'_' if where else '.'}{key}" for key in ("scale", "interval")]
         generator = of.generator(
             sampler,
-            guidance_scale=number_of(names[0], scale, whole=False),
-            guidance_interval=interval_of(names[1], interval),
-            noise_level=int(number_of(f"{where}noise_level", noise_level, whole=True)),
+            guidance_scale=number_of(*scale, whole=False),
+            guidance_interval=interval_of(*interval),
+            noise_level=int(number_of(*noise_level, whole=True)),
+            keys=(scale[0], interval[0], noise_level[0]),
         )
         return LevelChoice(stride, of, generator)
 
+    chosen = (
+        ("guidance.scale", guidance.scale),
+        ("guidance.interval", guidance.interval),
+        ("noise_level", cfg.noise_level),
+    )
     known = ", ".join(map(str, model.latent_strides))
     if cfg.plan.kind != "hierarchical":
         if 1 not in model.latent_strides:
@@ -156,7 +171,7 @@ def levels_of(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel"
                 f"plan={cfg.plan.kind} needs every one; use plan=hierarchical with "
                 "interpolation.model=FOLDER"
             )
-        return [level(1, model, guidance.scale, guidance.interval, cfg.noise_level)]
+        return [level(1, model, *chosen)]
     coarsest = model.latent_strides[0]
     finer = [stride for stride in (model if filler is model else filler).latent_strides if stride < coarsest]
     if not finer or finer[-1] != 1:
@@ -172,7 +187,7 @@ def levels_of(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel"
             "([1]), or use plan=autoregressive"
         )
 
-    def setting(name: str, value: Any, fallback: Any, i: int) -> Any:
+    def setting(name: str, value: Any, fallback: Setting, i: int) -> Setting:
         listed = list(value) if isinstance(value, list | ListConfig) else None
         if name == "guidance_interval" and listed and not isinstance(listed[0], list | ListConfig | None):
             listed = None  # one interval
@@ -181,24 +196,21 @@ def levels_of(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel"
                 f"interpolation.{name} lists {len(listed)} values for {len(finer)} level(s) of filling "
                 f"(strides {', '.join(map(str, finer))}); give one value, or one for each"
             )
-        chosen = value if listed is None else listed[i]
-        return fallback if chosen is None else chosen
+        own = value if listed is None else listed[i]
+        return fallback if own is None else (f"interpolation.{name}", own)
 
-    levels = [level(coarsest, model, guidance.scale, guidance.interval, cfg.noise_level)]
+    scale, interval, noise_level = chosen
+    if not filler.masking.max_noise_level:
+        noise_level = ("noise_level", 0)  # a model that knows clean latents alone gets them
+    levels = [level(coarsest, model, *chosen)]
     for i, stride in enumerate(finer):
         levels.append(
             level(
                 stride,
                 filler,
-                setting("guidance_scale", filling.guidance_scale, guidance.scale, i),
-                setting("guidance_interval", filling.guidance_interval, guidance.interval, i),
-                setting(
-                    "noise_level",
-                    filling.noise_level,
-                    cfg.noise_level if filler.masking.max_noise_level else 0,
-                    i,
-                ),
-                "interpolation.",
+                setting("guidance_scale", filling.guidance_scale, scale, i),
+                setting("guidance_interval", filling.guidance_interval, interval, i),
+                setting("noise_level", filling.noise_level, noise_level, i),
             )
         )
     return levels

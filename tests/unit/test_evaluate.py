@@ -44,6 +44,8 @@ def test_no_result_lies_where_other_things_do(tmp_path):
         ),
         (["videos=x.npz", "num_replicates=-1"], "num_replicates must be at least 0, got -1"),
         (["videos=x.npz", "num_positions=0"], "num_positions must be at least 1, got 0"),
+        (["model=x", "seed=-1"], "^seed must be at least 0, got -1"),
+        (["model=x", "first_seed=-1"], "first_seed must be at least 0, got -1"),
         (
             ["videos=x.npz", "protocol.features=null", "weights=x.pt"],
             "weights=x.pt are a feature extractor's",
