@@ -173,19 +173,9 @@ def levels_of(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel"
             )
         return [level(1, model, *chosen)]
     coarsest = model.latent_strides[0]
-    finer = [stride for stride in (model if filler is model else filler).latent_strides if stride < coarsest]
+    finer = _below(coarsest, filler)
     if not finer or finer[-1] != 1:
-        missing = (
-            "nothing that fills the gaps between them"
-            if coarsest > 1
-            else "no key latents, which lie several latent frames apart"
-        )
-        raise ConfigError(
-            f"plan=hierarchical makes key latents and fills the gaps between them; model={cfg.model} was "
-            f"trained with latent_strides=[{known}], and there is {missing}. Train one model on several "
-            "strides (latent_strides=[4,1]), or one on key latents ([4]) beside interpolation.model=FOLDER "
-            "([1]), or use plan=autoregressive"
-        )
+        raise ConfigError(_no_hierarchy(cfg, model, filler))
 
     def setting(name: str, value: Any, fallback: Setting, i: int) -> Setting:
         listed = list(value) if isinstance(value, list | ListConfig) else None
@@ -214,6 +204,42 @@ def levels_of(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel"
             )
         )
     return levels
+
+
+def _below(coarsest: int, filler: "DiffusionModel") -> list[int]:
+    """The strides at which a model can fill gaps between latents so far apart."""
+    return [stride for stride in filler.latent_strides if stride < coarsest]
+
+
+def _no_hierarchy(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel") -> str:
+    """Why two models, or one, are no hierarchy, and what would be one."""
+    coarsest, listed = model.latent_strides[0], list(model.latent_strides)
+    beside = f"model={cfg.model} was trained with latent_strides={listed}"
+    if filler is not model:
+        beside += f", interpolation.model={cfg.interpolation.model} with {list(filler.latent_strides)}"
+        if _below(filler.latent_strides[0], model)[-1:] == [1]:
+            return (
+                f"{beside}: the two seem to be the wrong way round. model=FOLDER makes the key latents, "
+                "interpolation.model=FOLDER fills the gaps between them; swap the two"
+            )
+    if coarsest == 1:
+        return (
+            f"plan=hierarchical fills the gaps between key latents; {beside} and makes no key latents, which "
+            "lie several latent frames apart. Train one model on several strides (latent_strides=[4,1]), or "
+            "one on key latents ([4]) and give this one as interpolation.model=FOLDER beside it, or use "
+            "plan=autoregressive"
+        )
+    if filler is model:
+        return (
+            f"{beside} and makes key latents only: there is nothing that fills the gaps between them. Give "
+            "interpolation.model=FOLDER, a model trained with latent_strides=[1], or train one model on "
+            f"several strides (latent_strides={[*listed, 1]})"
+        )
+    return (
+        f"{beside}: there is nothing that fills the gaps between the key latents down to every latent frame. "
+        "Give an interpolation.model trained with latent_strides=[1], or with more strides that end in 1 and "
+        f"are smaller than {coarsest}"
+    )
 
 
 @dataclass(frozen=True)

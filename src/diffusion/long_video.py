@@ -110,12 +110,8 @@ class Plan:
             )
         for coarse, fine in zip(self.levels, self.levels[1:], strict=False):
             ratio = coarse.stride / fine.stride
-            if not ratio.is_integer() or (fine.window - 1) % ratio:
-                raise ValueError(
-                    f"windows of {fine.window} latent frames {fine.stride} apart can't fill gaps between "
-                    f"frames {coarse.stride} apart: {fine.stride} times {fine.window - 1} must be a multiple "
-                    f"of {coarse.stride}"
-                )
+            if not ratio.is_integer() or fine.window < 2 or (fine.window - 1) % ratio:
+                raise ValueError(_unfitting(coarse, fine))
         if self.closes:
             self._check_closing()
 
@@ -223,6 +219,35 @@ class Plan:
             return tuple(self._anchor + stride * index for index in indices)
 
         return Window(level, number, at(frames), at(given))
+
+
+def _unfitting(coarse: Level, fine: Level) -> str:
+    """Why the windows of a level can't fill the gaps of the one before, and what would go together."""
+    gaps = fine.window - 1
+
+    def fits(before: int, stride: int) -> bool:
+        return before > stride and before % stride == 0 and stride * gaps % before == 0
+
+    def joined(numbers: list[int]) -> str:
+        return " or ".join(map(str, numbers))
+
+    ways = []
+    if strides := [n * fine.stride for n in range(2, fine.window) if fits(n * fine.stride, fine.stride)]:
+        ways.append(f"latents {joined(strides)} apart before the gaps, in place of {coarse.stride}")
+    others = [n for n in range(1, coarse.stride) if gaps and fits(coarse.stride, n)]
+    if strides := [n for n in others if n == 1 or fits(n, 1)]:
+        place = "before" if fine.stride == 1 else "in place of"
+        ways.append(f"latents {joined(strides)} apart in the gaps, {place} those {fine.stride} apart")
+    if coarse.stride % fine.stride == 0:
+        ratio = coarse.stride // fine.stride
+        lengths = sorted({max(gaps // ratio, 1) * ratio + 1, (gaps // ratio + 1) * ratio + 1})
+        ways.append(f"windows of {joined(lengths)} latent frames in the gaps, in place of {fine.window}")
+    return (
+        f"windows of {fine.window} latent frames {fine.stride} apart can't fill gaps between frames "
+        f"{coarse.stride} apart: {coarse.stride} must be a multiple of {fine.stride}, and {fine.stride} "
+        f"times {gaps} a multiple of {coarse.stride}. Train models that go together (latent_strides and "
+        f"dataset.num_frames): {', or '.join(ways) or 'with windows of at least 3 latent frames'}"
+    )
 
 
 SampleWindows = Callable[[Sequence[Window], Tensor | None, Tensor | None], Tensor]

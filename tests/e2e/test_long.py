@@ -45,7 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_autoencoder(folder / "autoencoder", autoencoder.state_dict(), node=node, data=data, step=1)
     window = (autoencoder.latent_channels, 5, 8, 8)
     masking = masking_of(plain["conditioning"])
-    for name, strides in (("model", [4, 1]), ("keys", [4]), ("dense", [1])):
+    for name, strides in (("model", [4, 1]), ("keys", [4]), ("dense", [1]), ("sparse", [16])):
         unet_config = unet_node(plain["unet"], window, masking, 0, len(strides))
         unet = build(unet_config)
         for parameter in unet.parameters():
@@ -234,6 +234,25 @@ REFUSED = [
     (["interpolation.model=elsewhere"], "has nothing to do in plan=autoregressive"),
     (["decoding_window=0"], "decoding_window must be at least 1"),
     (["model=keys", "num_frames=64"], "makes key latents only (4 latent frames apart)"),
+    (
+        ["model=keys", "plan=hierarchical", "num_frames=64"],
+        "makes key latents only: there is nothing that fills the gaps between them. Give "
+        "interpolation.model=FOLDER, a model trained with latent_strides=[1], or train one model on several "
+        "strides (latent_strides=[4, 1])",
+    ),
+    (["model=dense", "plan=hierarchical", "num_frames=64"], "beside it, or use plan=autoregressive"),
+    (
+        ["model=model", "interpolation.model=sparse", "plan=hierarchical", "num_frames=64"],
+        "with [16]: the two seem to be the wrong way round",
+    ),
+    (
+        ["model=dense", "interpolation.model=keys", "plan=hierarchical", "num_frames=64"],
+        "with [4]: the two seem to be the wrong way round",
+    ),
+    (
+        ["model=sparse", "interpolation.model=keys", "plan=hierarchical", "num_frames=64"],
+        "Give an interpolation.model trained with latent_strides=[1], or with more strides that end in 1",
+    ),
 ]
 
 
@@ -241,7 +260,9 @@ REFUSED = [
 def test_what_cannot_be_meant_is_refused_before_anything_is_made(
     home: Path, arguments: list[str], message: str
 ) -> None:
-    arguments = [argument.replace("model=keys", f"model={home}/keys") for argument in arguments]
+    arguments = [
+        re.sub(r"\bmodel=(model|keys|dense|sparse)$", rf"model={home}/\1", argument) for argument in arguments
+    ]
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         sample(home, *arguments, f"output={home}/refused")
     assert not (home / "refused").exists()
