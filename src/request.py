@@ -446,15 +446,11 @@ class GivenVideo:
 
 def check_training(plan: "Plan", levels: Sequence[LevelChoice], backward: bool) -> None:
     """Raises ConfigError if a window is given what its model was never given in training."""
-    seen = set()
-    for window in plan.windows():
+    for window in plan.kinds():
         length = len(window.frames)
         pattern = window.pattern
         if backward:
             pattern = tuple(length - 1 - i for i in reversed(pattern))
-        if (window.level, pattern) in seen:
-            continue
-        seen.add((window.level, pattern))
         masking = levels[window.level].model.masking
         if not masking.could_give(pattern, length):
             what = f"latent frames {', '.join(map(str, pattern))} of {length}" if pattern else "nothing"

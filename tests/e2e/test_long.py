@@ -148,6 +148,14 @@ def test_the_plan_is_told_and_drawn_before_anything_is_made(home: Path) -> None:
     assert b"the first 60 of 80 windows" in (home / "drawn/plan.svg").read_bytes()
 
 
+@pytest.mark.parametrize("plan", ["hierarchical", "autoregressive"])
+def test_the_plan_of_a_billion_frames_is_told_at_once(home: Path, plan: str) -> None:
+    began = time.monotonic()
+    told = sample(home, f"plan={plan}", "num_frames=1000000000", "dry_run=true", f"output={home}/billion")
+    assert "1,000,000,000 frames = 250,000,000 latent frames" in told
+    assert time.monotonic() - began < 30  # enumerated, it would be half an hour
+
+
 @pytest.fixture(scope="module")
 def clip(home: Path) -> Path:
     y, x = np.mgrid[:32, :32]

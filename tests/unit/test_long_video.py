@@ -1,5 +1,7 @@
 """Plans of long videos, and what carries them out, against models whose answers are known."""
 
+import time
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -76,6 +78,29 @@ def test_a_thousand_frames_take_the_numbers_of_the_paper() -> None:
     assert first - 1 == 21 and gaps == 64
     keys = {p for window in plan.windows() if window.level == 0 for p in window.frames}
     assert {4 * i for i in range(65)} <= keys
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_what_is_known_without_the_windows_is_true_of_them(plan: Plan) -> None:
+    """The kinds of windows, how many there are, and how many are made together."""
+    kinds = {(window.level, window.pattern) for window in plan.kinds()}
+    windows = list(plan.windows())
+    assert kinds == {(window.level, window.pattern) for window in windows}
+    assert set(plan.kinds()) <= set(windows)
+    for at_once in (1, 2, 5, 100):
+        for level in range(len(plan.levels)):
+            made = [len(batch.windows) for batch in plan.batches(at_once) if batch.windows[0].level == level]
+            assert plan.group_sizes(level, at_once) == Counter(made)
+
+
+@pytest.mark.parametrize("num_given", [0, 1, 3])
+def test_a_plan_of_any_length_is_known_at_once(num_given: int) -> None:
+    plan = Plan(DENSE, 10**12 + 4, num_given)
+    began = time.monotonic()
+    last = list(plan.kinds())[-1]
+    assert plan.num_frames - 1 in last.made
+    assert plan.counts() == [last.number + 1] == [plan.group_sizes(0, 1)[1]]
+    assert time.monotonic() - began < 1.0
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 8, 1000])
