@@ -126,6 +126,8 @@ def check_request(cfg: DictConfig) -> None:
         ("num_reconstructed", 0),
         ("num_candidates", 1),
         ("num_positions", 1),
+        ("seed", 0),
+        ("first_seed", 0),
     ):
         if cfg[name] is not None and cfg[name] < least:
             raise ConfigError(f"{name} must be at least {least}, got {cfg[name]}")

@@ -52,6 +52,7 @@ class VideoGenerator:
         guidance_interval: diffusion times, first and last, at which guidance works; None for all.
         strides: latent frames from one frame of a window to the next, those that the model knows.
         noise_level_per_frame: whether the network is told the level at the given frames instead of once.
+        keys: what a config calls the scale, the interval and the noise level; for messages.
     """
 
     autoencoder: LatentSpace
@@ -67,51 +68,83 @@ class VideoGenerator:
     guidance_interval: tuple[int, int] | None = None
     strides: tuple[int, ...] = (1,)
     noise_level_per_frame: bool = False
+    keys: tuple[str, str, str] = ("guidance.scale", "guidance.interval", "noise_level")
 
     def __post_init__(self) -> None:
-        self.num_calls  # noqa: B018 - what the sampler can't do with this schedule is found before anything is made
+        times = self.times()  # what the sampler can't do with this schedule is found before anything is made
         guided(denoiser_of(self.unet), self.guidance_scale, self.guidance_interval)
-        if not math.isfinite(self.guidance_scale):
-            raise ValueError(f"a guidance scale must be a number, got {self.guidance_scale}")
-        last = self.parameterization.num_timesteps - 1
-        if self.guidance_interval is not None and self.guidance_interval[0] > last:
+        scale_key, interval_key, level_key = self.keys
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0.0):
             raise ValueError(
-                f"guidance in {list(self.guidance_interval)} would never work: diffusion times are 0 to "
-                f"{last}"
+                f"{scale_key} must be a number of at least 0, got {self.guidance_scale}; 1 means no guidance"
+            )
+        if self.guidance_interval is not None and not any(map(self._guides_at, times)):
+            first, end = self.guidance_interval
+            distance = {step: max(first - step, step - end) for step in times}
+            nearest = sorted(sorted(distance, key=distance.__getitem__)[:8], reverse=True)
+            raise ValueError(
+                f"{interval_key}={[first, end]} holds none of the diffusion times of this sampler's "
+                f"{len(distance)} step(s), so guidance would never work; the nearest are "
+                f"{', '.join(map(str, nearest))}. Widen the interval, take more steps, or use null for all "
+                f"times (0 to {self.parameterization.num_timesteps - 1})"
             )
         if self.guidance_scale != 1.0 and not (self.gives_frames or self.has_labels):
             raise ValueError(
-                f"guidance.scale={self.guidance_scale} has nothing to guide: this model was trained without "
+                f"{scale_key}={self.guidance_scale} has nothing to guide: this model was trained without "
                 "classes and without given frames; use guidance=none"
             )
         if not 0 <= self.noise_level < max(self.max_noise_level, 1):
-            raise ValueError(
-                f"noise_level={self.noise_level} was never seen in training: the model knows levels below "
-                f"{max(self.max_noise_level, 1)}"
+            known = (
+                f"levels from 0 to {self.max_noise_level - 1}"
+                if self.max_noise_level
+                else "clean latents (0)"
             )
+            raise ValueError(
+                f"{level_key}={self.noise_level} was never seen in training: the model knows {known}"
+            )
+
+    def times(self) -> list[int]:
+        """The diffusion time of each call of the network, in the sampler's order."""
+        times, tiny = list[int](), torch.zeros(1, 1, 1, 1, 1)
+
+        def note(latents: Tensor, timesteps: Tensor) -> Tensor:
+            times.append(int(timesteps[0]))
+            return latents
+
+        self.sampler(note, tiny, self.parameterization.alphas_cumprod.cpu(), lambda _: tiny)
+        return times
+
+    def _guides_at(self, time: int) -> bool:
+        """Whether a time lies in the guidance interval."""
+        return self.guidance_interval is None or (
+            self.guidance_interval[0] <= time <= self.guidance_interval[1]
+        )
 
     @property
     def num_calls(self) -> int:
         """How often the sampler asks for a denoised window."""
-        calls, tiny = 0, torch.zeros(1, 1, 1, 1, 1)
-
-        def count(latents: Tensor, _: Tensor) -> Tensor:
-            nonlocal calls
-            calls += 1
-            return latents
-
-        self.sampler(count, tiny, self.parameterization.alphas_cumprod.cpu(), lambda _: tiny)
-        return calls
+        return len(self.times())
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.unet.parameters()).device
 
-    @torch.no_grad()
     def seconds_of_call(self, rows: int, stride: int) -> float:
-        """How long the network takes for so many windows at once, measured; twice as many if it is guided."""
-        rows *= 1 if self.guidance_scale == 1.0 else 2
+        """How long the network takes for so many windows at once, measured; the mean over all steps.
+
+        A guided step has twice as many rows.
+        """
+        if self.guidance_scale == 1.0:
+            return self._measured(rows, stride)
+        times = self.times()
+        share = sum(map(self._guides_at, times)) / len(times)
+        plain = self._measured(rows, stride) if share < 1.0 else 0.0
+        return share * self._measured(2 * rows, stride) + (1.0 - share) * plain
+
+    @torch.no_grad()
+    def _measured(self, rows: int, stride: int) -> float:
+        """Seconds of one call of the network."""
         device = self.device
         times = torch.zeros(rows, dtype=torch.int64, device=device)
         given = {"mask": torch.zeros(rows, 1, *self.window[1:], device=device)} if self.gives_frames else {}

@@ -91,8 +91,9 @@ class DiffusionModel:
         guidance_scale: float,
         noise_level: int,
         guidance_interval: tuple[int, int] | None = None,
+        keys: tuple[str, str, str] = ("guidance.scale", "guidance.interval", "noise_level"),
     ) -> VideoGenerator:
-        """What makes videos with this model."""
+        """What makes videos with this model; `keys` are the config's for what is chosen here."""
         return VideoGenerator(
             autoencoder=self.autoencoder,
             unet=self.unet,
@@ -107,6 +108,7 @@ class DiffusionModel:
             guidance_interval=guidance_interval,
             strides=self.latent_strides,
             noise_level_per_frame=self.masking.noise_level_per_frame,
+            keys=keys,
         )
 
 

@@ -27,6 +27,8 @@ def check_request(cfg: DictConfig) -> None:
     for name in ("num_samples", "batch_size", "num_frames", "decoding_window"):
         if cfg[name] is not None and cfg[name] < 1:
             raise ConfigError(f"{name} must be at least 1, got {cfg[name]}")
+    if cfg.first_seed < 0:
+        raise ConfigError(f"first_seed must be at least 0, got {cfg.first_seed}")
     if cfg.direction not in ("forward", "backward"):
         raise ConfigError(f"direction must be forward or backward, got {cfg.direction}")
     kinds = ("autoregressive", "hierarchical", "flat")
@@ -36,6 +38,14 @@ def check_request(cfg: DictConfig) -> None:
         raise ConfigError(
             f"plan.num_given={cfg.plan.num_given} doesn't go with plan.kind={cfg.plan.kind}: windows of a "
             "flat plan are given nothing (0), those of the others at least 1 latent frame"
+        )
+    filling = [
+        f"interpolation.{key}={value}" for key, value in cfg.interpolation.items() if value is not None
+    ]
+    if filling and cfg.plan.kind != "hierarchical":
+        raise ConfigError(
+            f"{', '.join(filling)} {'has' if len(filling) == 1 else 'have'} nothing to do in "
+            f"plan={cfg.plan.kind}, which fills no gaps; use plan=hierarchical, or leave interpolation.* away"
         )
     between = isinstance(cfg.video, ListConfig)
     if between and len(cfg.video) != 2:
@@ -52,6 +62,10 @@ def check_request(cfg: DictConfig) -> None:
     for path in cfg.video if between else [cfg.video]:
         if (between or path is not None) and not (path and Path(path).exists()):
             raise FileNotFoundError(f"there is no {path}; give video=FILE, the video to go on from")
+
+
+Setting = tuple[str, Any]
+"""A key of the config and its value."""
 
 
 def number_of(name: str, value: Any, whole: bool) -> float:
@@ -106,10 +120,6 @@ def filling_model(cfg: DictConfig, model: "DiffusionModel") -> "DiffusionModel":
     path = cfg.interpolation.model
     if path is None:
         return model
-    if cfg.plan.kind != "hierarchical":
-        raise ConfigError(
-            f"interpolation.model={path} has nothing to do in plan={cfg.plan.kind}; use plan=hierarchical"
-        )
     filler = load_diffusion(path)
     known, other = (fingerprint(Path(folder) / "autoencoder") for folder in (cfg.model, path))
     if known != other:
@@ -138,17 +148,22 @@ def levels_of(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel"
     sampler = build(cfg.sampler)
 
     def level(
-        stride: int, of: "DiffusionModel", scale: Any, interval: Any, noise_level: Any, where: str = ""
+        stride: int, of: "DiffusionModel", scale: Setting, interval: Setting, noise_level: Setting
     ) -> LevelChoice:
-        names = [f"{where}guidance{'_' if where else '.'}{key}" for key in ("scale", "interval")]
         generator = of.generator(
             sampler,
-            guidance_scale=number_of(names[0], scale, whole=False),
-            guidance_interval=interval_of(names[1], interval),
-            noise_level=int(number_of(f"{where}noise_level", noise_level, whole=True)),
+            guidance_scale=number_of(*scale, whole=False),
+            guidance_interval=interval_of(*interval),
+            noise_level=int(number_of(*noise_level, whole=True)),
+            keys=(scale[0], interval[0], noise_level[0]),
         )
         return LevelChoice(stride, of, generator)
 
+    chosen = (
+        ("guidance.scale", guidance.scale),
+        ("guidance.interval", guidance.interval),
+        ("noise_level", cfg.noise_level),
+    )
     known = ", ".join(map(str, model.latent_strides))
     if cfg.plan.kind != "hierarchical":
         if 1 not in model.latent_strides:
@@ -157,23 +172,13 @@ def levels_of(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel"
                 f"plan={cfg.plan.kind} needs every one; use plan=hierarchical with "
                 "interpolation.model=FOLDER"
             )
-        return [level(1, model, guidance.scale, guidance.interval, cfg.noise_level)]
+        return [level(1, model, *chosen)]
     coarsest = model.latent_strides[0]
-    finer = [stride for stride in (model if filler is model else filler).latent_strides if stride < coarsest]
+    finer = _below(coarsest, filler)
     if not finer or finer[-1] != 1:
-        missing = (
-            "nothing that fills the gaps between them"
-            if coarsest > 1
-            else "no key latents, which lie several latent frames apart"
-        )
-        raise ConfigError(
-            f"plan=hierarchical makes key latents and fills the gaps between them; model={cfg.model} was "
-            f"trained with latent_strides=[{known}], and there is {missing}. Train one model on several "
-            "strides (latent_strides=[4,1]), or one on key latents ([4]) beside interpolation.model=FOLDER "
-            "([1]), or use plan=autoregressive"
-        )
+        raise ConfigError(_no_hierarchy(cfg, model, filler))
 
-    def setting(name: str, value: Any, fallback: Any, i: int) -> Any:
+    def setting(name: str, value: Any, fallback: Setting, i: int) -> Setting:
         listed = list(value) if isinstance(value, list | ListConfig) else None
         if name == "guidance_interval" and listed and not isinstance(listed[0], list | ListConfig | None):
             listed = None  # one interval
@@ -182,27 +187,60 @@ def levels_of(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel"
                 f"interpolation.{name} lists {len(listed)} values for {len(finer)} level(s) of filling "
                 f"(strides {', '.join(map(str, finer))}); give one value, or one for each"
             )
-        chosen = value if listed is None else listed[i]
-        return fallback if chosen is None else chosen
+        own = value if listed is None else listed[i]
+        return fallback if own is None else (f"interpolation.{name}", own)
 
-    levels = [level(coarsest, model, guidance.scale, guidance.interval, cfg.noise_level)]
+    scale, interval, noise_level = chosen
+    if not filler.masking.max_noise_level:
+        noise_level = ("noise_level", 0)  # a model that knows clean latents alone gets them
+    levels = [level(coarsest, model, *chosen)]
     for i, stride in enumerate(finer):
         levels.append(
             level(
                 stride,
                 filler,
-                setting("guidance_scale", filling.guidance_scale, guidance.scale, i),
-                setting("guidance_interval", filling.guidance_interval, guidance.interval, i),
-                setting(
-                    "noise_level",
-                    filling.noise_level,
-                    cfg.noise_level if filler.masking.max_noise_level else 0,
-                    i,
-                ),
-                "interpolation.",
+                setting("guidance_scale", filling.guidance_scale, scale, i),
+                setting("guidance_interval", filling.guidance_interval, interval, i),
+                setting("noise_level", filling.noise_level, noise_level, i),
             )
         )
     return levels
+
+
+def _below(coarsest: int, filler: "DiffusionModel") -> list[int]:
+    """The strides at which a model can fill gaps between latents so far apart."""
+    return [stride for stride in filler.latent_strides if stride < coarsest]
+
+
+def _no_hierarchy(cfg: DictConfig, model: "DiffusionModel", filler: "DiffusionModel") -> str:
+    """Why two models, or one, are no hierarchy, and what would be one."""
+    coarsest, listed = model.latent_strides[0], list(model.latent_strides)
+    beside = f"model={cfg.model} was trained with latent_strides={listed}"
+    if filler is not model:
+        beside += f", interpolation.model={cfg.interpolation.model} with {list(filler.latent_strides)}"
+        if _below(filler.latent_strides[0], model)[-1:] == [1]:
+            return (
+                f"{beside}: the two seem to be the wrong way round. model=FOLDER makes the key latents, "
+                "interpolation.model=FOLDER fills the gaps between them; swap the two"
+            )
+    if coarsest == 1:
+        return (
+            f"plan=hierarchical fills the gaps between key latents; {beside} and makes no key latents, which "
+            "lie several latent frames apart. Train one model on several strides (latent_strides=[4,1]), or "
+            "one on key latents ([4]) and give this one as interpolation.model=FOLDER beside it, or use "
+            "plan=autoregressive"
+        )
+    if filler is model:
+        return (
+            f"{beside} and makes key latents only: there is nothing that fills the gaps between them. Give "
+            "interpolation.model=FOLDER, a model trained with latent_strides=[1], or train one model on "
+            f"several strides (latent_strides={[*listed, 1]})"
+        )
+    return (
+        f"{beside}: there is nothing that fills the gaps between the key latents down to every latent frame. "
+        "Give an interpolation.model trained with latent_strides=[1], or with more strides that end in 1 and "
+        f"are smaller than {coarsest}"
+    )
 
 
 @dataclass(frozen=True)
@@ -427,15 +465,11 @@ def warn_if_cut_short(path: Path) -> None:
 
 def check_training(plan: "Plan", levels: Sequence[LevelChoice], backward: bool) -> None:
     """Raises ConfigError if a window is given what its model was never given in training."""
-    seen = set()
-    for window in plan.windows():
+    for window in plan.kinds():
         length = len(window.frames)
         pattern = window.pattern
         if backward:
             pattern = tuple(length - 1 - i for i in reversed(pattern))
-        if (window.level, pattern) in seen:
-            continue
-        seen.add((window.level, pattern))
         masking = levels[window.level].model.masking
         if not masking.could_give(pattern, length):
             what = f"latent frames {', '.join(map(str, pattern))} of {length}" if pattern else "nothing"

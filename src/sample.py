@@ -250,9 +250,9 @@ def plan_in_words(
     # How often the network is called for so many windows at once, by level.
     calls: list[Counter[int]] = [Counter() for _ in levels]
     for size, times in Counter(sizes).items():
-        for batch in plan.batches(max(cfg.batch_size // size, 1)):
-            level = batch.windows[0].level
-            calls[level][size * len(batch.windows)] += times * levels[level].generator.num_calls
+        for level, choice in enumerate(levels):
+            for count, often in plan.group_sizes(level, max(cfg.batch_size // size, 1)).items():
+                calls[level][size * count] += times * often * choice.generator.num_calls
     lines = [
         f"plan {cfg.plan.kind}: {wanted.num_frames:,} frames = {plan.num_frames:,} latent frames of "
         f"{factor}, {sum(sizes)} sample(s)"

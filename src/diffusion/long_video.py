@@ -1,8 +1,10 @@
 """Videos longer than the model's window: which latent frames are made from which, and by whom."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -110,12 +112,8 @@ class Plan:
             )
         for coarse, fine in zip(self.levels, self.levels[1:], strict=False):
             ratio = coarse.stride / fine.stride
-            if not ratio.is_integer() or (fine.window - 1) % ratio:
-                raise ValueError(
-                    f"windows of {fine.window} latent frames {fine.stride} apart can't fill gaps between "
-                    f"frames {coarse.stride} apart: {fine.stride} times {fine.window - 1} must be a multiple "
-                    f"of {coarse.stride}"
-                )
+            if not ratio.is_integer() or fine.window < 2 or (fine.window - 1) % ratio:
+                raise ValueError(_unfitting(coarse, fine))
         if self.closes:
             self._check_closing()
 
@@ -126,8 +124,18 @@ class Plan:
 
     def counts(self) -> list[int]:
         """How many windows each level has."""
-        first = sum(1 for _ in self._chain())
-        return [first, *(self._num_fillings(level) for level in range(1, len(self.levels)))]
+        return [self._num_chained(), *(self._num_fillings(level) for level in range(1, len(self.levels)))]
+
+    def kinds(self) -> Iterator[Window]:
+        """Few of the windows: all others of a level are given the same of their frames as its second."""
+        for level, count in enumerate(self.counts()):
+            yield from self._of_level(level, [n for n in sorted({0, 1, count - 1}) if 0 <= n < count])
+
+    def group_sizes(self, level: int, at_once: int) -> Counter[int]:
+        """How many windows of a level :meth:`batches` makes together, and how often."""
+        count, at_once = self.counts()[level], at_once if self._is_independent(level) else 1
+        sizes = Counter({at_once: count // at_once, count % at_once: 1})
+        return Counter({size: times for size, times in sizes.items() if size and times})
 
     def windows(self) -> Iterator[Window]:
         """All windows, in an order in which what is given has been made."""
@@ -183,38 +191,44 @@ class Plan:
         raise ValueError(f"{self.num_frames} latent frames can't be closed with these windows; use {numbers}")
 
     def _grouped(self, level: int, at_once: int) -> Iterator[tuple[Window, ...]]:
-        windows = self._chain() if level == 0 else self._fillings(level)
-        independent = level > 0 or self.num_given == 0
-        group: list[Window] = []
-        for window in windows:
-            group.append(window)
-            if len(group) == (at_once if independent else 1):
-                yield tuple(group)
-                group = []
-        if group:
-            yield tuple(group)
+        windows = self._of_level(level, range(self.counts()[level]))
+        at_once = at_once if self._is_independent(level) else 1
+        while group := tuple(islice(windows, at_once)):
+            yield group
 
-    def _chain(self) -> Iterator[Window]:
-        """The first level."""
+    def _is_independent(self, level: int) -> bool:
+        """Whether windows of a level need nothing from each other."""
+        return level > 0 or self.num_given == 0
+
+    def _num_chained(self) -> int:
+        """How many windows the first level has."""
+        # Frame 0 is known, or the first window makes as many more than the others as those are given.
+        before = 0 if self.continues else self.num_given - 1
+        missing = self._needed(0) - self.closes - before
+        return max(-(-missing // (self.levels[0].window - self.num_given)), 0 if self.continues else 1)
+
+    def _chained(self, number: int, last: int) -> Window:
+        """A window of the first level, whose last needed frame is `last`."""
         stride, length = self.levels[0].stride, self.levels[0].window
-        done = 0 if self.continues else -1
-        last = self._needed(0)
-        number = 0
-        while done < last - self.closes:
-            begin = 0 if done < 0 else done - self.num_given + 1
-            given = list(range(begin, done + 1))
-            if self.closes and begin + length > last - 1:
-                begin = last - length + 1
-                given = [*range(begin, done + 1), last]
-            yield self._window(0, number, range(begin, begin + length), given, stride)
-            done, number = begin + length - 1, number + 1
+        begin = number * (length - self.num_given) + (1 - self.num_given if self.continues else 0)
+        num_given = self.num_given if self.continues or number > 0 else 0
+        new = begin + num_given
+        given = list(range(begin, new))
+        if self.closes and begin + length > last - 1:
+            begin = last - length + 1
+            given = [*range(begin, new), last]
+        return self._window(0, number, range(begin, begin + length), given, stride)
 
-    def _fillings(self, level: int) -> Iterator[Window]:
+    def _filling(self, level: int, number: int) -> Window:
         stride, length = self.levels[level].stride, self.levels[level].window
-        ratio = self.levels[level - 1].stride // stride
-        for number in range(self._num_fillings(level)):
-            frames = range(number * (length - 1), number * (length - 1) + length)
-            yield self._window(level, number, frames, frames[::ratio], stride)
+        frames = range(number * (length - 1), number * (length - 1) + length)
+        return self._window(level, number, frames, frames[:: self.levels[level - 1].stride // stride], stride)
+
+    def _of_level(self, level: int, numbers: Iterable[int]) -> Iterator[Window]:
+        """Windows of a level by their numbers."""
+        last = self._needed(0)
+        for number in numbers:
+            yield self._filling(level, number) if level > 0 else self._chained(number, last)
 
     def _window(
         self, level: int, number: int, frames: Sequence[int], given: Sequence[int], stride: int
@@ -223,6 +237,35 @@ class Plan:
             return tuple(self._anchor + stride * index for index in indices)
 
         return Window(level, number, at(frames), at(given))
+
+
+def _unfitting(coarse: Level, fine: Level) -> str:
+    """Why the windows of a level can't fill the gaps of the one before, and what would go together."""
+    gaps = fine.window - 1
+
+    def fits(before: int, stride: int) -> bool:
+        return before > stride and before % stride == 0 and stride * gaps % before == 0
+
+    def joined(numbers: list[int]) -> str:
+        return " or ".join(map(str, numbers))
+
+    ways = []
+    if strides := [n * fine.stride for n in range(2, fine.window) if fits(n * fine.stride, fine.stride)]:
+        ways.append(f"latents {joined(strides)} apart before the gaps, in place of {coarse.stride}")
+    others = [n for n in range(1, coarse.stride) if gaps and fits(coarse.stride, n)]
+    if strides := [n for n in others if n == 1 or fits(n, 1)]:
+        place = "before" if fine.stride == 1 else "in place of"
+        ways.append(f"latents {joined(strides)} apart in the gaps, {place} those {fine.stride} apart")
+    if coarse.stride % fine.stride == 0:
+        ratio = coarse.stride // fine.stride
+        lengths = sorted({max(gaps // ratio, 1) * ratio + 1, (gaps // ratio + 1) * ratio + 1})
+        ways.append(f"windows of {joined(lengths)} latent frames in the gaps, in place of {fine.window}")
+    return (
+        f"windows of {fine.window} latent frames {fine.stride} apart can't fill gaps between frames "
+        f"{coarse.stride} apart: {coarse.stride} must be a multiple of {fine.stride}, and {fine.stride} "
+        f"times {gaps} a multiple of {coarse.stride}. Train models that go together (latent_strides and "
+        f"dataset.num_frames): {', or '.join(ways) or 'with windows of at least 3 latent frames'}"
+    )
 
 
 SampleWindows = Callable[[Sequence[Window], Tensor | None, Tensor | None], Tensor]

@@ -45,7 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_autoencoder(folder / "autoencoder", autoencoder.state_dict(), node=node, data=data, step=1)
     window = (autoencoder.latent_channels, 5, 8, 8)
     masking = masking_of(plain["conditioning"])
-    for name, strides in (("model", [4, 1]), ("keys", [4]), ("dense", [1])):
+    for name, strides in (("model", [4, 1]), ("keys", [4]), ("dense", [1]), ("sparse", [16])):
         unet_config = unet_node(plain["unet"], window, masking, 0, len(strides))
         unet = build(unet_config)
         for parameter in unet.parameters():
@@ -148,6 +148,14 @@ def test_the_plan_is_told_and_drawn_before_anything_is_made(home: Path) -> None:
     assert b"the first 60 of 80 windows" in (home / "drawn/plan.svg").read_bytes()
 
 
+@pytest.mark.parametrize("plan", ["hierarchical", "autoregressive"])
+def test_the_plan_of_a_billion_frames_is_told_at_once(home: Path, plan: str) -> None:
+    began = time.monotonic()
+    told = sample(home, f"plan={plan}", "num_frames=1000000000", "dry_run=true", f"output={home}/billion")
+    assert "1,000,000,000 frames = 250,000,000 latent frames" in told
+    assert time.monotonic() - began < 30  # enumerated, it would be half an hour
+
+
 @pytest.fixture(scope="module")
 def clip(home: Path) -> Path:
     y, x = np.mgrid[:32, :32]
@@ -198,7 +206,28 @@ REFUSED = [
     (["loop=true", "num_frames=41"], "must be a multiple of 4"),
     (["loop=true", "num_frames=40", "plan=hierarchical"], "can't be closed by windows"),
     (["guidance=lvdm", "guidance.interval=[9]"], "must be null or"),
-    (["guidance.interval=[5000,9000]"], "diffusion times are 0 to 999"),
+    (["guidance=lvdm", "guidance.interval=[5000,9000]"], "guidance.interval=[5000, 9000] holds none"),
+    (["guidance=lvdm", "guidance.interval=[300,700]"], "the nearest are 999, 0. Widen the interval"),
+    (
+        ["plan=hierarchical", "guidance=lvdm", "interpolation.guidance_interval=[300,700]"],
+        "interpolation.guidance_interval=[300, 700] holds none",
+    ),
+    (["guidance.scale=-1"], "guidance.scale must be a number of at least 0, got -1.0"),
+    (
+        ["plan=hierarchical", "interpolation.guidance_scale=-1"],
+        "interpolation.guidance_scale must be a number of at least 0, got -1.0",
+    ),
+    (["first_seed=-1"], "first_seed must be at least 0, got -1"),
+    (["interpolation.noise_level=20"], "interpolation.noise_level=20 has nothing to do in plan=autoregr"),
+    (
+        ["plan=flat", "interpolation.guidance_scale=2", "interpolation.guidance_interval=[0,9]"],
+        "interpolation.guidance_scale=2, interpolation.guidance_interval=[0, 9] have nothing to do in",
+    ),
+    (["noise_level=300", "plan=hierarchical"], "noise_level=300 was never seen in training"),
+    (
+        ["interpolation.noise_level=300", "plan=hierarchical"],
+        "interpolation.noise_level=300 was never seen in training",
+    ),
     (["guidance.scale=nan"], "guidance.scale must be a number, got nan"),
     (["plan=hierarchical", "interpolation.noise_level=[1,2]"], "lists 2 values for 1 level"),
     (["plan=hierarchical", "interpolation.noise_level=1.9"], "interpolation.noise_level must be a whole"),
@@ -213,6 +242,25 @@ REFUSED = [
     (["interpolation.model=elsewhere"], "has nothing to do in plan=autoregressive"),
     (["decoding_window=0"], "decoding_window must be at least 1"),
     (["model=keys", "num_frames=64"], "makes key latents only (4 latent frames apart)"),
+    (
+        ["model=keys", "plan=hierarchical", "num_frames=64"],
+        "makes key latents only: there is nothing that fills the gaps between them. Give "
+        "interpolation.model=FOLDER, a model trained with latent_strides=[1], or train one model on several "
+        "strides (latent_strides=[4, 1])",
+    ),
+    (["model=dense", "plan=hierarchical", "num_frames=64"], "beside it, or use plan=autoregressive"),
+    (
+        ["model=model", "interpolation.model=sparse", "plan=hierarchical", "num_frames=64"],
+        "with [16]: the two seem to be the wrong way round",
+    ),
+    (
+        ["model=dense", "interpolation.model=keys", "plan=hierarchical", "num_frames=64"],
+        "with [4]: the two seem to be the wrong way round",
+    ),
+    (
+        ["model=sparse", "interpolation.model=keys", "plan=hierarchical", "num_frames=64"],
+        "Give an interpolation.model trained with latent_strides=[1], or with more strides that end in 1",
+    ),
 ]
 
 
@@ -220,7 +268,9 @@ REFUSED = [
 def test_what_cannot_be_meant_is_refused_before_anything_is_made(
     home: Path, arguments: list[str], message: str
 ) -> None:
-    arguments = [argument.replace("model=keys", f"model={home}/keys") for argument in arguments]
+    arguments = [
+        re.sub(r"\bmodel=(model|keys|dense|sparse)$", rf"model={home}/\1", argument) for argument in arguments
+    ]
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         sample(home, *arguments, f"output={home}/refused")
     assert not (home / "refused").exists()

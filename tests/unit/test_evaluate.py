@@ -10,10 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from src.config import ConfigError
-from src.evaluate import check_request, main, output_path, shown_folder, write_nearest, write_videos
+from src.config import ConfigError, build
+from src.evaluate import (
+    check_request,
+    long_samples,
+    main,
+    output_path,
+    shown_folder,
+    write_nearest,
+    write_videos,
+)
 from src.evaluation.checking import NearestClips
 from src.evaluation.measuring import Measuring
+from src.training.share import Share
 from tests.composing import composed
 
 
@@ -44,6 +53,8 @@ def test_no_result_lies_where_other_things_do(tmp_path):
         ),
         (["videos=x.npz", "num_replicates=-1"], "num_replicates must be at least 0, got -1"),
         (["videos=x.npz", "num_positions=0"], "num_positions must be at least 1, got 0"),
+        (["model=x", "seed=-1"], "^seed must be at least 0, got -1"),
+        (["model=x", "first_seed=-1"], "first_seed must be at least 0, got -1"),
         (
             ["videos=x.npz", "protocol.features=null", "weights=x.pt"],
             "weights=x.pt are a feature extractor's",
@@ -56,6 +67,13 @@ def test_no_result_lies_where_other_things_do(tmp_path):
 def test_what_cant_be_is_told_before_anything_is_measured(overrides, message):
     with pytest.raises(ConfigError, match=message):
         check_request(composed("evaluate", *overrides))
+
+
+@pytest.mark.parametrize("option", ["interpolation.noise_level=20", "interpolation.model=x"])
+def test_options_of_filling_are_refused_where_nothing_is_filled(option, tmp_path):
+    cfg = composed("evaluate", "model=x", "num_frames=64", option)
+    with pytest.raises(ConfigError, match=f"{option} has nothing to do in plan=autoregressive"):
+        long_samples(cfg, build(cfg.protocol), tmp_path / "evaluation.json", Share())
 
 
 def test_few_replicates_are_no_matter_without_features():

@@ -1,5 +1,7 @@
 """Plans of long videos, and what carries them out, against models whose answers are known."""
 
+import time
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -78,6 +80,29 @@ def test_a_thousand_frames_take_the_numbers_of_the_paper() -> None:
     assert {4 * i for i in range(65)} <= keys
 
 
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+def test_what_is_known_without_the_windows_is_true_of_them(plan: Plan) -> None:
+    """The kinds of windows, how many there are, and how many are made together."""
+    kinds = {(window.level, window.pattern) for window in plan.kinds()}
+    windows = list(plan.windows())
+    assert kinds == {(window.level, window.pattern) for window in windows}
+    assert set(plan.kinds()) <= set(windows)
+    for at_once in (1, 2, 5, 100):
+        for level in range(len(plan.levels)):
+            made = [len(batch.windows) for batch in plan.batches(at_once) if batch.windows[0].level == level]
+            assert plan.group_sizes(level, at_once) == Counter(made)
+
+
+@pytest.mark.parametrize("num_given", [0, 1, 3])
+def test_a_plan_of_any_length_is_known_at_once(num_given: int) -> None:
+    plan = Plan(DENSE, 10**12 + 4, num_given)
+    began = time.monotonic()
+    last = list(plan.kinds())[-1]
+    assert plan.num_frames - 1 in last.made
+    assert plan.counts() == [last.number + 1] == [plan.group_sizes(0, 1)[1]]
+    assert time.monotonic() - began < 1.0
+
+
 @pytest.mark.parametrize("at_once", [1, 3, 8, 1000])
 def test_windows_of_a_batch_need_nothing_from_each_other(at_once: int) -> None:
     plan = PLANS["three levels"]
@@ -147,6 +172,15 @@ def test_a_loop_ends_where_it_began(plan: Plan) -> None:
         (((Level(4, 5),), 8, 1), r"must decrease to 1, got \[4\]"),
         (((Level(1, 5), Level(4, 5)), 8, 1), "must decrease to 1"),
         (((Level(4, 5), Level(1, 4)), 8, 1), "can't fill gaps between frames 4 apart"),
+        (((Level(3, 5), Level(1, 5)), 8, 1), "latents 2 or 4 apart before .* windows of 4 or 7 latent"),
+        (((Level(16, 6), Level(3, 6), Level(1, 6)), 8, 1), "together .*: latents 15 apart before the gaps"),
+        (
+            ((Level(16, 5), Level(3, 5), Level(1, 5)), 8, 1),
+            "or latents 4 apart in the gaps, in place of those 3",
+        ),
+        (((Level(16, 17), Level(1, 5)), 8, 1), "or latents 4 apart in the gaps, before those 1 apart"),
+        (((Level(4, 5), Level(1, 1)), 8, 1), r"\): windows of 5 latent frames in the gaps"),
+        (((Level(3, 2), Level(2, 2), Level(1, 2)), 8, 1), "with windows of at least 3"),
         ((DENSE, 8, 0, True), "can neither continue nor close"),
         ((TWO, 62, 1, True, True), "can't be closed with these windows; use 59 or 63"),
         ((TWO, 3, 1, True, True), "use 15"),

@@ -11,6 +11,7 @@ from src.data.sampler import Batch, LatentBatch, clip_generator, randint_per_cli
 from src.diffusion import loss_weighting
 from src.diffusion.conditioning import FrameMasking
 from src.diffusion.long_video import Level, Plan
+from src.diffusion.parameterization import Parameterization
 from src.diffusion.samplers import ddim
 from src.generation import LongVideoGenerator, VideoGenerator
 from src.models.attention import AttentionBlock
@@ -433,6 +434,43 @@ def test_what_was_never_trained_is_refused() -> None:
         generator_of(Told(), gives_frames=False).sample_window([0], None, given=torch.zeros(1, 3, 4, 6, 6))
     with pytest.raises(ValueError, match="latent frames 1 apart, not on frames 4 apart"):
         generator_of(Told()).sample_window([0], None, stride=4)
+
+
+def test_guidance_that_would_never_work_is_refused() -> None:
+    """The sampler calls the network at times 9, 6, 3 and 0 alone."""
+    few = partial(ddim, num_sampling_steps=4, eta=0.0)
+    process = Parameterization(PROCESS.alphas_cumprod[:10], "epsilon")
+    made = partial(generator_of, Told(), sampler=few, parameterization=process, guidance_scale=3.0)
+    message = r"guidance.interval=\[4, 5\] holds none .* 4 step.* the nearest are 9, 6, 3, 0\."
+    with pytest.raises(ValueError, match=message):
+        made(guidance_interval=(4, 5))
+    with pytest.raises(ValueError, match=r"filling=\[50, 90\] holds none"):
+        made(guidance_interval=(50, 90), keys=("scale", "filling", "level"))
+    made(guidance_interval=(6, 6))
+    for scale in (-1.0, -0.01, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"guidance\.scale must be a number of at least 0, got"):
+            made(guidance_scale=scale)
+    made(guidance_scale=0.0)  # the unconditional prediction
+
+
+@pytest.mark.parametrize(
+    ("scale", "interval", "rows"),
+    [(1.0, None, [5]), (3.0, None, [10]), (3.0, (6, 9), [5, 10]), (1.0, (6, 9), [5])],
+)
+def test_the_estimate_doubles_the_rows_of_guided_steps_alone(
+    scale: float, interval: tuple[int, int] | None, rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = partial(ddim, num_sampling_steps=4, eta=0.0)
+    process = Parameterization(PROCESS.alphas_cumprod[:10], "epsilon")
+    made = generator_of(
+        Told(), sampler=few, parameterization=process, guidance_scale=scale, guidance_interval=interval
+    )
+    measured = []
+    monkeypatch.setattr(
+        VideoGenerator, "_measured", lambda _, count, stride: measured.append(count) or float(count)
+    )
+    assert made.seconds_of_call(5, 1) == pytest.approx(sum(rows) / len(rows))  # two of four steps are guided
+    assert sorted(measured) == rows
 
 
 @pytest.mark.parametrize("level", [0, 7])
