@@ -381,8 +381,6 @@ class Following:
 
     def _distances_along(self, real: Rows, rows: Rows) -> dict[str, DistanceCurve]:
         wanted = (self.num_real, self.num_generated)
-        if self.extractor is None and min(wanted) < 2:
-            return {}
         if self.extractor is None:
             # To pixels in [-1, 1], for a kernel that takes the mean of products.
             scale = real["pixels"].shape[1] ** 0.5

@@ -317,9 +317,6 @@ def test_changes_from_the_beginning_stand_beside_those_of_real_videos(dataset, t
     curve = drift.distances["kernel_distance_of_pixels"]
     assert len(curve.values) == 6 and curve.floor is not None
     assert drift.blocks is None
-    alone = following(dataset, protocol(), available=1)
-    alone.extractor = None
-    assert alone.drift(long, long.fingerprint, 6).distances == {}, "one video has no distance to others"
     assert any("real videos reach 5 clips far, the long ones 6" in note for note in followed.notes)
 
 
