@@ -1,9 +1,9 @@
 """Whether given frames in the training loss help the others: `python -m benchmarks.given_frames MODEL …`.
 
-Of each model, the denoising loss of the frames that aren't given, on held-out clips of the drift sweeps' data:
-where the first frame is given, the first and the last, or none; averaged over four times, both strides and all
-clips. Models trained with and without `stage.given_frames_in_loss` can be compared by it, since what is said
-of given frames has no part in it. Every model gets the same clips and the same noise.
+Of each model, the denoising loss of the frames that aren't given, on held-out clips of the drift sweeps'
+data: where the first frame is given, the first and the last, or none; averaged over four times, both strides
+and all clips. Models trained with and without `stage.given_frames_in_loss` can be compared by it, since what
+is said of given frames has no part in it. Every model gets the same clips and the same noise.
 """
 
 import argparse
