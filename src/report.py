@@ -84,8 +84,7 @@ def report_sweep(name: str, places: Sequence[str] | None, folder: Path) -> Path:
 
 
 def frames_at(video: Path, numbers: Sequence[int | None]) -> "Frames":
-    """Frames of a video, uint8 ``t h w c``, by their numbers from 1; None is the last, as is any behind "
-    "it."""
+    """Frames of a video, uint8 ``t h w c``, by numbers from 1; None is the last, as is any behind it."""
     import numpy as np
 
     from .data.video import probe, read_frames

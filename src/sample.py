@@ -1,11 +1,11 @@
 """Make videos with a trained model: ``python -m src.sample model=runs/ucf101/model``."""
 
 import hashlib
-import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from .config import ConfigError, MachineSettings, SampleConfig, difference, typed, verb
 from .request import LevelChoice, Wanted, check_request, filling_model, levels_of
-
-# After so many calls of `progress` a CPU's memory that lies free is given back.
-CALLS_BETWEEN_RELEASES = 1
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,11 +80,10 @@ def make_videos(cfg: DictConfig, folder: Path, share: "Share") -> None:
     total = sum(map(len, batches)) * num_windows
     unfinished = Windows(folder / ".unfinished", made_by)
     with tqdm(total=total, unit="window", desc="sampling", disable=share.rank > 0) as bar:
-        calls = itertools.count(1)
 
         def progress(made: int) -> None:
             bar.update(made)
-            if device.type == "cpu" and next(calls) % CALLS_BETWEEN_RELEASES == 0:
+            if device.type == "cpu":
                 release_freed_memory()
 
         for batch in batches:
@@ -292,7 +288,7 @@ def write_plan(wanted: Wanted, path: Path) -> None:
     from .reporting.plans import draw_plan
 
     with atomic_path(path) as part:
-        part.write_bytes(draw_plan(wanted.plan, list(itertools.islice(wanted.plan.windows(), 60))))
+        part.write_bytes(draw_plan(wanted.plan, list(islice(wanted.plan.windows(), 60))))
     print(f"drawn: {path}")
 
 
